@@ -1,0 +1,5 @@
+"""A Vision Transformer to read beside the paper (arXiv 2010.11929)."""
+
+from vit.model import ViT
+
+__all__ = ["ViT"]

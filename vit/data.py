@@ -1,0 +1,251 @@
+"""The three data sets. Each split becomes one uint8 tensor, decoded once, on one device.
+
+Shape letters: N images, S = image size in pixels.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from vit.config import DataConfig, InputError
+
+NO_DOWNLOAD = (
+    "without a download: --data.name image_folder --data.root DIR, or --config configs/shapes.yaml"
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, 3, S, S) of uint8 and their labels (N,) of int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index) -> "Split":
+        return Split(self.images[index], self.labels[index])
+
+    def to(self, device: torch.device) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+class Normalization(nn.Module):
+    """x ↦ (x / 255 - mean) / std for each channel, mean and std of the training images.
+
+    Shapes: uint8 (B, 3, S, S) → float32 (B, 3, S, S).
+    """
+
+    def __init__(self, mean: list[float], std: list[float]):
+        super().__init__()
+        self.mean, self.std = mean, std
+        mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", -mean / std)
+
+    @staticmethod
+    def of(images: Tensor) -> "Normalization":
+        """Measure uint8 images (N, 3, S, S), exactly: by counting their 256 values."""
+        counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
+        counts = torch.stack(counts).double()  # (3, 256)
+        share = counts / counts.sum(1, keepdim=True)
+        values = torch.arange(256, dtype=torch.float64) / 255
+        mean = share @ values
+        variance = (share * (values - mean[:, None]) ** 2).sum(1)
+        # Images of one colour only have no spread, and dividing by 0 would make every loss nan.
+        return Normalization(mean.tolist(), variance.sqrt().clamp(min=1e-3).tolist())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, images.float(), self.scale)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The splits of a data set, the names of its classes in the order of the labels."""
+
+    train: Split
+    val: Split
+    test: Split
+    classes: list[str]
+
+
+def load_dataset(config: DataConfig, image_size: int, num_classes: int) -> Dataset:
+    """Load every split onto the CPU; `train` and `val` are the data set's training images, divided.
+
+    Raises:
+        InputError: naming the file, folder or key that cannot be used.
+    """
+    if config.name == "cifar10":
+        train, test, classes = _cifar10(Path(config.root))
+    elif config.name == "image_folder":
+        train, test, classes = _image_folder(Path(config.root), image_size)
+    else:
+        train, test, classes = shapes(10_000, seed=0), shapes(2_000, seed=1), list(SHAPES)
+    if num_classes != len(classes):
+        raise InputError(
+            f"model.num_classes {num_classes}, but the data has {len(classes)} classes"
+        )
+    if image_size != train.images.shape[-1]:
+        size = train.images.shape[-1]
+        raise InputError(f"model.image_size {image_size}, but {config.name} has {size} px images")
+    generator = torch.Generator().manual_seed(config.split_seed)
+    order = torch.randperm(len(train), generator=generator)
+    held_out = round(len(train) * config.val_fraction)
+    if not 0 < held_out < len(train):
+        raise InputError(
+            f"data.val_fraction {config.val_fraction} of {len(train)} training images "
+            "leaves the training or the validation split empty"
+        )
+    return Dataset(train[order[held_out:]], train[order[:held_out]], test, classes)
+
+
+def batches(split: Split, size: int) -> Iterator[Split]:
+    """Yield every image of a split exactly once, in order; the last batch may be smaller."""
+    for start in range(0, len(split), size):
+        yield split[start : start + size]
+
+
+def _cifar10(root: Path) -> tuple[Split, Split, list[str]]:
+    try:
+        parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError, EOFError) as error:  # no network, no disk, a damaged archive
+        raise InputError(
+            f"CIFAR-10 could not be downloaded ({str(error).splitlines()[0]}): put {CIFAR10.filename} "
+            f"(MD5 {CIFAR10.tgz_md5}) into {root}/; {NO_DOWNLOAD}"
+        ) from None
+    splits = [
+        Split(
+            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
+        )
+        for part in parts
+    ]
+    return *splits, parts[0].classes
+
+
+def _image_folder(root: Path, image_size: int) -> tuple[Split, Split, list[str]]:
+    folders = [root / "train", root / "test"]
+    names = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder}: no such folder; data.root needs train/CLASS and test/CLASS"
+            )
+        found = [d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")]
+        names.append(sorted(found))
+    if names[0] != names[1]:
+        odd = sorted(set(names[0]) ^ set(names[1]))[0]
+        raise InputError(f"{root}: class {odd} is in only one of train and test")
+    if not names[0]:
+        raise InputError(f"{folders[0]}: no class folders")
+    listings = []  # every file is found before the first is decoded
+    for folder in folders:
+        files, labels = [], []
+        for label, name in enumerate(names[0]):
+            inside = sorted(f for f in (folder / name).iterdir() if _is_image_file(f))
+            if not inside:
+                raise InputError(f"{folder / name}: no images")
+            files += inside
+            labels += [label] * len(inside)
+        listings.append((files, labels))
+    splits = [Split(_decode_all(f, image_size), torch.tensor(labels)) for f, labels in listings]
+    return *splits, names[0]
+
+
+def _is_image_file(path: Path) -> bool:
+    return path.suffix.lower() in IMG_EXTENSIONS and path.name[0] != "." and path.is_file()
+
+
+def _decode_all(files: list[Path], image_size: int) -> Tensor:
+    """Decode files on all cores into one uint8 tensor (N, 3, S, S)."""
+    images = np.empty((len(files), image_size, image_size, 3), np.uint8)
+    jobs = ((file, image_size) for file in files)
+    show = dict(total=len(files), desc="decoding", unit=" images", disable=None, leave=False)
+    if len(files) < 2000:  # sooner done than processes are started
+        for row, image in enumerate(tqdm(map(_decode, jobs), **show)):
+            images[row] = _checked(image)
+    else:
+        # "spawn" is the one start method that is safe after torch has started threads.
+        with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+            for row, image in enumerate(tqdm(pool.imap(_decode, jobs, chunksize=256), **show)):
+                images[row] = _checked(image)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _checked(image: np.ndarray | str) -> np.ndarray:
+    if isinstance(image, str):
+        raise InputError(image)
+    return image
+
+
+def _decode(job: tuple[Path, int]) -> np.ndarray | str:
+    """Return an image as uint8 (S, S, 3), or what is wrong with it (exceptions lose their type)."""
+    file, image_size = job
+    try:
+        with Image.open(file) as image:
+            return np.asarray(to_square_rgb(image, image_size))
+    except Exception as error:  # Pillow's decoders raise many types
+        return f"{file}: not a readable image: {error}"
+
+
+def to_square_rgb(image: Image.Image, size: int) -> Image.Image:
+    """Turn any image upright, blend alpha over white, scale its shorter side, crop the centre."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # 16 bits or more a pixel, which convert() would clip
+        values = np.asarray(image, np.float64)
+        top = 65535 if values.max() > 255 else 255
+        image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    return image if image.size == (size, size) else ImageOps.fit(image, (size, size))
+
+
+# The generated data set: what is inside of each shape, for coordinates (x, y) in [-1, 1] relative
+# to its centre. Shapes of about the same area, so that the mean colour says little.
+SHAPES = {
+    "circle": lambda x, y: x**2 + y**2 < 0.7,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) < 0.75,
+    "triangle": lambda x, y: (y < 0.8) & (y > 2 * abs(x) - 0.9),
+    "diamond": lambda x, y: abs(x) + abs(y) < 1,
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) < 0.25,
+    "frame": lambda x, y: abs(np.maximum(abs(x), abs(y)) - 0.75) < 0.22,
+    "plus": lambda x, y: np.minimum(abs(x), abs(y)) < 0.25,
+    "cross": lambda x, y: abs(abs(x) - abs(y)) < 0.35,
+    "rows": lambda x, y: abs(abs(y) - 0.6) < 0.3,
+    "columns": lambda x, y: abs(abs(x) - 0.6) < 0.3,
+}
+
+
+def shapes(count: int, seed: int) -> Split:
+    """Draw 32x32 images of the classes in SHAPES, of random colour, size, place and noise.
+
+    A pure function of its arguments, with the same number of images of every class.
+    """
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % len(SHAPES)
+    radius = rng.uniform(7, 13, (count, 1, 1))
+    centre = rng.uniform(radius, 32 - radius, (2, count, 1, 1))
+    pixel = np.arange(32) + 0.5
+    x, y = (pixel[None, None, :] - centre[0]) / radius, (pixel[None, :, None] - centre[1]) / radius
+    inside = np.zeros((count, 32, 32), bool)
+    for label, is_inside in enumerate(SHAPES.values()):
+        own = labels == label
+        inside[own] = is_inside(x[own], y[own]) & (np.maximum(abs(x[own]), abs(y[own])) < 1)
+    ground = rng.uniform(0, 255, (count, 3, 1, 1))
+    shift = rng.uniform(60, 128, (count, 3, 1, 1)) * rng.choice([-1, 1], (count, 3, 1, 1))
+    colour = np.where((ground + shift > 255) | (ground + shift < 0), ground - shift, ground + shift)
+    images = np.where(inside[:, None], colour, ground) + rng.normal(0, 15, (count, 3, 32, 32))
+    images = images.clip(0, 255).round().astype(np.uint8)
+    return Split(torch.from_numpy(images), torch.from_numpy(labels))

@@ -1,0 +1,203 @@
+"""The Vision Transformer, Section 3.1 of arXiv 2010.11929, in the order of its equations.
+
+Our argument names and the paper's symbols:
+
+    image_size H = W    patch_size P    embedding_dim D    num_blocks L
+    num_heads k         mlp_dim "MLP size"                 num_classes K
+
+Shape letters: B images, C = 3 channels, N = (H / P)² patches, S tokens (N, or N + 1 with a
+class token).
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHANNELS = 3
+
+
+class Patches(nn.Module):
+    """Cut images into a row-major sequence of flattened patches x_p (Section 3.1).
+
+    Shapes: (B, C, H, W) → (B, N, C·P²), the values of one patch in the order (C, P, P).
+    """
+
+    def __init__(self, patch_size: int):
+        super().__init__()
+        self.patch_size = patch_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        p = self.patch_size
+        x = images.unfold(2, p, p).unfold(3, p, p)  # (B, C, H/P, W/P, P, P)
+        x = x.permute(0, 2, 3, 1, 4, 5)  # (B, H/P, W/P, C, P, P)
+        return x.reshape(x.shape[0], -1, CHANNELS * p * p)
+
+
+class PositionalEmbedding(nn.Module):
+    """Add a learned vector per token position: z₀ = x + E_pos (Eq. 1).
+
+    Shapes: (B, S, D) → (B, S, D).
+    """
+
+    def __init__(self, num_tokens: int, embedding_dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(num_tokens, embedding_dim)
+        # A buffer moves with the module; not persistent, since it holds nothing learned.
+        self.register_buffer("index", torch.arange(num_tokens), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.embedding(self.index)
+
+
+class SelfAttention(nn.MultiheadAttention):
+    """nn.MultiheadAttention of a sequence with itself, MSA(z) of Eq. 2 (Appendix A, Eq. 5-8).
+
+    The same parameters and the same function as its parent. It is faster to train, since it never
+    copies q, k and v apart.
+
+    Shapes: (B, S, D) → (B, S, D).
+    """
+
+    def forward(self, z: Tensor) -> Tensor:
+        qkv = F.linear(z, self.in_proj_weight, self.in_proj_bias)  # (B, S, 3·D)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        heads = F.scaled_dot_product_attention(q, k, v)  # (B, k, S, D/k)
+        return self.out_proj(heads.transpose(1, 2).flatten(2))
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout that draws its mask on a CPU from 16 random bits a value.
+
+    torch draws a CPU's masks value by value, which is a fifth of a training step of the small
+    model. The probability is rounded to a multiple of 2⁻¹⁶.
+
+    Shapes: any → the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        words = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [-2¹⁵, 2¹⁵)
+        dropped = round(self.p * 2**16)  # of 2¹⁶
+        keep = (bits >= dropped - 2**15).to(x.dtype)
+        return x * keep.mul_(2**16 / (2**16 - dropped))
+
+
+class EncoderBlock(nn.Module):
+    """One pre-norm block: z′ = MSA(LN(z)) + z (Eq. 2), then MLP(LN(z′)) + z′ (Eq. 3).
+
+    Shapes: (B, S, D) → (B, S, D).
+    """
+
+    def __init__(
+        self, embedding_dim: int, num_heads: int, mlp_dim: int, drop_rate: float, norm_eps: float
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embedding_dim, norm_eps)
+        self.attention = SelfAttention(embedding_dim, num_heads, batch_first=True)
+        self.norm2 = nn.LayerNorm(embedding_dim, norm_eps)
+        self.mlp = nn.Sequential(
+            nn.Linear(embedding_dim, mlp_dim),
+            nn.GELU(),
+            Dropout(drop_rate),
+            nn.Linear(mlp_dim, embedding_dim),
+            Dropout(drop_rate),
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = self.attention(self.norm1(z)) + z  # Eq. 2
+        return self.mlp(self.norm2(z)) + z  # Eq. 3
+
+
+class ViT(nn.Module):
+    """Classify images: patches → tokens (Eq. 1) → L blocks (Eq. 2-3) → y → logits (Eq. 4).
+
+    The defaults are the 847,626-parameter model. The paper's own models take
+    pool="class_token", final_norm=True, mlp_dim=4·D and norm_eps=1e-6: see PAPER.
+
+    Shapes: (B, 3, H, W), normalised → logits (B, K).
+
+    Args:
+        image_size: height and width of the input images, in pixels.
+        patch_size: height and width of one patch, in pixels; divides image_size.
+        embedding_dim: width of every token.
+        num_blocks: number of encoder blocks.
+        num_heads: attention heads of a block; divides embedding_dim.
+        mlp_dim: hidden width of a block's MLP.
+        num_classes: number of classes, the width of the logits.
+        drop_rate: dropout probability in the MLPs and before the head, in [0, 1).
+        norm_eps: the epsilon of every LayerNorm.
+        pool: what the head sees: the mean over the patches, or a learned class token.
+        final_norm: apply the LayerNorm of Eq. 4 after the last block.
+
+    Raises:
+        ValueError: naming the argument, where a number cannot work or an input does not fit.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 32,
+        patch_size: int = 8,
+        embedding_dim: int = 256,
+        num_blocks: int = 2,
+        num_heads: int = 2,
+        mlp_dim: int = 256,
+        num_classes: int = 10,
+        drop_rate: float = 0.1,
+        norm_eps: float = 1e-5,
+        pool: Literal["mean", "class_token"] = "mean",
+        final_norm: bool = False,
+    ):
+        super().__init__()
+        sizes = dict(image_size=image_size, patch_size=patch_size, embedding_dim=embedding_dim)
+        sizes |= dict(num_blocks=num_blocks, num_heads=num_heads, mlp_dim=mlp_dim)
+        for name, size in (sizes | dict(num_classes=num_classes)).items():
+            if size < 1:
+                raise ValueError(f"{name} {size} is not positive")
+        if image_size % patch_size:
+            raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}")
+        if embedding_dim % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide embedding_dim {embedding_dim}")
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f"drop_rate {drop_rate} is outside [0, 1)")
+        if not 0 < norm_eps < 1:
+            raise ValueError(f"norm_eps {norm_eps} is outside (0, 1)")
+        if pool not in ("mean", "class_token"):
+            raise ValueError(f"pool {pool!r} is neither 'mean' nor 'class_token'")
+        self.image_size = image_size
+        num_tokens = (image_size // patch_size) ** 2
+
+        self.patches = Patches(patch_size)
+        self.projection = nn.Linear(CHANNELS * patch_size**2, embedding_dim)  # E of Eq. 1
+        if pool == "class_token":
+            num_tokens += 1
+            self.class_token = nn.Parameter(torch.zeros(embedding_dim))
+        else:
+            self.class_token = None
+        self.positions = PositionalEmbedding(num_tokens, embedding_dim)
+        self.blocks = nn.Sequential(
+            *(
+                EncoderBlock(embedding_dim, num_heads, mlp_dim, drop_rate, norm_eps)
+                for _ in range(num_blocks)
+            )
+        )
+        self.norm = nn.LayerNorm(embedding_dim, norm_eps) if final_norm else nn.Identity()
+        self.dropout = Dropout(drop_rate)
+        self.head = nn.Linear(embedding_dim, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        size = self.image_size
+        if images.ndim != 4 or images.shape[1:] != (CHANNELS, size, size):
+            raise ValueError(
+                f"images must have shape (B, {CHANNELS}, {size}, {size}), got {tuple(images.shape)}"
+            )
+        x = self.projection(self.patches(images))  # Eq. 1: x_p E, (B, N, D)
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)  # (B, N + 1, D)
+        z = self.positions(x)  # z₀, (B, S, D)
+        z = self.norm(self.blocks(z))  # LN(z_L), (B, S, D)
+        y = z.mean(dim=1) if self.class_token is None else z[:, 0]  # Eq. 4, (B, D)
+        return self.head(self.dropout(y))  # (B, K)
