@@ -3,7 +3,9 @@
 import contextlib
 import csv
 import io
+import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -19,13 +21,17 @@ from tqdm import tqdm
 
 from vit import checkpoint
 from vit.augment import augment
-from vit.config import Config, InputError, TrainConfig, read_config, train_flags
+from vit.config import Config, InputError, TrainConfig, read_config, resumed_config, train_flags
 from vit.data import Normalization, Split, load_dataset
 from vit.evaluation import loss_and_accuracy, pick_device, predict
 from vit.figures import plot_curves
 from vit.model import ViT
 from vit.optim import FiniteGuard, make_optimizers, schedule, set_learning_rates, step_if
 
+try:
+    import fcntl
+except ImportError:  # Windows: two processes in one folder are not noticed there
+    fcntl = None
 
 COLUMNS = ["epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate"]
 COLUMNS += ["images_per_second", "seconds"]
@@ -83,15 +89,22 @@ def train(config: Config, run_dir: Path, saved: dict | None = None) -> None:
     rows: list[dict[str, float]] = []  # of metrics.csv, one an epoch
     first_step, test = 0, None
     if saved:
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        if average:
-            average.load_state_dict(saved["average"])
+        try:
+            model.load_state_dict(saved["model"])
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            if average:
+                average.load_state_dict(saved["average"])
+        except (RuntimeError, ValueError, TypeError) as error:
+            fault = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{run_dir / checkpoint.NAME}: does not fit its own model: {fault}"
+            ) from None
         loss_sum += saved["loss_sum"].to(device)
         rows, first_step, test = saved["rows"], saved["step"], saved["test"]
     guard = FiniteGuard(device)
     signals = Signals(run_dir)
+    unsaved: str | None = None  # why the last save failed
 
     def save(step: int) -> None:
         stop_if_not_finite(guard, steps_per_epoch, optimizers, run_dir)
@@ -105,8 +118,14 @@ def train(config: Config, run_dir: Path, saved: dict | None = None) -> None:
             "rows": rows,
             "test": test,
         }
-        checkpoint.save(state, run_dir)
-        write_metrics(rows, run_dir / "metrics.csv")
+        nonlocal unsaved
+        try:
+            checkpoint.save(state, run_dir)
+            write_metrics(rows, run_dir / "metrics.csv")
+            unsaved = None
+        except OSError as error:  # a full disk, say; the files of the last save are still whole
+            unsaved = f"{run_dir}: nothing could be saved: {error}"
+            print(f"train.py: {unsaved}", file=sys.stderr, flush=True)
 
     def evaluate(split: Split, step: int) -> tuple[float, float]:
         try:
@@ -120,6 +139,8 @@ def train(config: Config, run_dir: Path, saved: dict | None = None) -> None:
     with open_run(run_dir, config, is_new=saved is None), signals:
         if saved is None:
             save(step=0)  # from here on the run can be resumed
+            if unsaved:
+                raise Stopped(unsaved, code=1)
         saved_at = time.monotonic()
         for epoch in range(len(rows) + 1, settings.epochs + 1):
             started = time.perf_counter()
@@ -183,6 +204,8 @@ def train(config: Config, run_dir: Path, saved: dict | None = None) -> None:
             test_loss, test_accuracy = evaluate(test_split, step=0)
             test = {"loss": test_loss, "accuracy": test_accuracy, "images": len(test_split)}
             save(step=0)
+        if unsaved:
+            raise Stopped(unsaved, code=1)
         plot_curves(rows, run_dir / "curves.png")
 
     seconds = sum(row["seconds"] for row in rows)
@@ -252,14 +275,32 @@ def write_metrics(rows: list[dict[str, float]], path: Path) -> None:
 
 @contextlib.contextmanager
 def open_run(run_dir: Path, config: Config, is_new: bool) -> Iterator[None]:
-    """Make the folder of a new run, and hold it so that no second process can work in it."""
+    """Make the folder of a new run, and hold it so that no second process works in it.
+
+    Raises:
+        InputError: where it cannot be made, or another process holds it.
+    """
     try:
         if is_new:
             run_dir.mkdir(parents=True)
-            (run_dir / "config.yaml").write_text(config.to_yaml())
+            checkpoint.write_atomically(
+                run_dir / "config.yaml", lambda file: file.write(config.to_yaml().encode())
+            )
     except OSError as error:
         raise InputError(f"{run_dir}: cannot be made: {error.strerror}") from None
-    yield
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the kernel, come what may
+        yield
+    except BlockingIOError:
+        raise InputError(f"{run_dir}: another process is working in it") from None
+    finally:
+        os.close(folder)
+        if is_new and not (run_dir / checkpoint.NAME).exists():  # not even the first save worked
+            shutil.rmtree(run_dir)
 
 
 class Interrupted(Exception):
@@ -313,8 +354,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     try:
         flags = train_flags(sys.argv[1:] if argv is None else argv)
-        config, run_dir = read_config(flags)
-        train(config, run_dir)
+        if "resume" in flags:
+            run_dir = Path(flags["resume"])
+            saved = checkpoint.load(run_dir / checkpoint.NAME)
+            train(resumed_config(flags, saved["config"]), run_dir, saved)
+        else:
+            train(*read_config(flags))
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

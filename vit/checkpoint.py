@@ -1,5 +1,6 @@
 """Files that are either whole or not there, and a checkpoint that is read only when it is whole."""
 
+import io
 import os
 import shutil
 import zipfile
@@ -8,10 +9,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 
-from vit.config import InputError
+from vit.config import Config, InputError
+from vit.data import Normalization
+from vit.model import ViT
 
 FORMAT = "vit checkpoint 1"
+PARTS = {"config", "classes", "mean", "std", "model", "average", "optimizers"}
+PARTS |= {"step", "loss_sum", "rows", "test"}
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
 
@@ -47,9 +53,11 @@ def save(state: dict, folder: Path) -> None:
         OSError: where that fails; the folder's checkpoint is the same as before then.
     """
     path = folder / NAME
+    content = io.BytesIO()  # torch.save turns the errors of a disk into others of its own
+    torch.save({"format": FORMAT} | state, content)
 
     def write(file: BinaryIO) -> None:
-        torch.save({"format": FORMAT} | state, file)
+        file.write(content.getbuffer())
         if path.exists():  # only now that the new one fits on the disk
             _keep(path, folder / PREVIOUS)
 
@@ -84,7 +92,9 @@ def load(path: Path) -> dict:
             raise ValueError(f"the checksum of {damaged} does not agree")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ValueError("of another program")
+            raise ValueError("it is of another program")
+        if missing := PARTS - state.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file{_offer_previous(path)}") from None
     except Exception as error:  # a damaged archive or pickle raises almost anything
@@ -92,6 +102,30 @@ def load(path: Path) -> dict:
         fault = f"{path}: not a checkpoint that can be used: {fault}"
         raise InputError(fault + _offer_previous(path)) from None
     return state
+
+
+def load_model(path: Path) -> tuple[ViT, Normalization, Config, list[str]]:
+    """Build the model of a checkpoint, its input normalisation, configuration and class names.
+
+    Where the run averaged its weights, these are the averaged ones.
+
+    Raises:
+        InputError: as `load`, and where the weights do not fit the configuration.
+    """
+    state = load(path)
+    try:
+        config = Config.from_dict(state["config"])
+        model = ViT(**config.model)
+        average = AveragedModel(model)
+        if state["average"]:
+            average.load_state_dict(state["average"])
+            model = average.module
+        else:
+            model.load_state_dict(state["model"])
+        return model, Normalization(state["mean"], state["std"]), config, state["classes"]
+    except (KeyError, TypeError, RuntimeError, InputError) as error:
+        fault = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: its parts do not fit each other: {fault}") from None
 
 
 def _offer_previous(path: Path) -> str:

@@ -5,6 +5,7 @@ YAML, the command line and --help come from the type hints and docstrings here (
 """
 
 import dataclasses
+import functools
 import re
 from argparse import ArgumentError
 from collections.abc import Callable
@@ -49,7 +50,7 @@ class TrainConfig:
         batch_size: images in a step; an epoch's last images that do not fill a batch are dropped.
         optimizer: muon is Muon for the matrices of the blocks and AdamW for the rest.
         learning_rate: the highest learning rate, of everything but Muon's matrices.
-        muon_learning_rate: the highest learning rate of Muon's matrices; 0 with any other optimizer.
+        muon_learning_rate: the highest learning rate of Muon's matrices; 0 without muon.
         weight_decay: weight decay (Adam's is added to the gradient, the others' is decoupled).
         schedule: the learning rate after the warm-up: constant, or half a cosine down to 0.
         warmup_fraction: the part of all steps in which the learning rate rises from 0, in [0, 1).
@@ -167,7 +168,12 @@ class Config:
         return parser.dump(parser.parse_object(self.to_dict()))
 
 
+@functools.cache  # reading the docstrings takes a tenth of a second
 def _section_parser() -> ArgumentParser:
+    return _new_parser()
+
+
+def _new_parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
     parser.add_class_arguments(ViT, "model")
     parser.add_class_arguments(DataConfig, "data")
@@ -176,7 +182,7 @@ def _section_parser() -> ArgumentParser:
 
 
 def _reword(error: ArgumentError, where: Callable[[str], str]) -> str:
-    """Turn jsonargparse's message, of several lines, into one that names the key as `where` does."""
+    """Turn jsonargparse's message of several lines into one that names the key."""
     text = " ".join(str(error).split())
     if match := re.search(r'Parser key "([\w.]+)": Expected an? (.*?)\. Got value: (.*)', text):
         key, expected, value = match.groups()
@@ -191,9 +197,15 @@ def _reword(error: ArgumentError, where: Callable[[str], str]) -> str:
 
 def train_flags(argv: list[str]) -> dict[str, Any]:
     """Read the command line of train.py: what it gives, without defaults; see `parse_flags`."""
-    parser = _section_parser()
+    parser = _new_parser()
     parser.add_argument("--config", help="YAML file with the sections model, data and train.")
     parser.add_argument("--run_dir", help="Folder of the run; default runs/NAME of the config.")
+    parser.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="Go on with the run in this folder, with its own configuration; only the device and "
+        "data.root can be given anew.",
+    )
     return parse_flags(parser, argv)
 
 
@@ -223,6 +235,23 @@ def read_config(flags: dict[str, Any]) -> tuple[Config, Path]:
 
     run_dir = Path(flags.get("run_dir", Path("runs") / file.stem))
     return Config.from_dict(sections, where), run_dir
+
+
+def resumed_config(flags: dict[str, Any], saved: dict) -> Config:
+    """Return a saved configuration with the few changes that leave a run the same run.
+
+    Raises:
+        InputError: naming a flag that does not go with --resume.
+    """
+    sections = {name: dict(values) for name, values in saved.items()}
+    for section, values in flags.items():
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            name = f"{section}.{key}".rstrip(".")
+            if name in ("data.root", "train.device"):
+                sections[section][key] = value
+            elif name != "resume":
+                raise InputError(f"--{name} does not go with --resume: a run keeps its settings")
+    return Config.from_dict(sections, lambda key: f"--{key}")
 
 
 def parse_flags(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:

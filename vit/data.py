@@ -3,9 +3,11 @@
 Shape letters: N images, S = image size in pixels.
 """
 
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,8 +122,9 @@ def _cifar10(root: Path) -> tuple[Split, Split, list[str]]:
     try:
         parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, EOFError) as error:  # no network, no disk, a damaged archive
+        fault = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"CIFAR-10 could not be downloaded ({str(error).splitlines()[0]}): put {CIFAR10.filename} "
+            f"CIFAR-10 could not be downloaded ({fault}): put {CIFAR10.filename} "
             f"(MD5 {CIFAR10.tgz_md5}) into {root}/; {NO_DOWNLOAD}"
         ) from None
     splits = [
@@ -169,33 +172,39 @@ def _is_image_file(path: Path) -> bool:
 def _decode_all(files: list[Path], image_size: int) -> Tensor:
     """Decode files on all cores into one uint8 tensor (N, 3, S, S)."""
     images = np.empty((len(files), image_size, image_size, 3), np.uint8)
-    jobs = ((file, image_size) for file in files)
-    show = dict(total=len(files), desc="decoding", unit=" images", disable=None, leave=False)
-    if len(files) < 2000:  # sooner done than processes are started
-        for row, image in enumerate(tqdm(map(_decode, jobs), **show)):
-            images[row] = _checked(image)
-    else:
-        # "spawn" is the one start method that is safe after torch has started threads.
-        with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-            for row, image in enumerate(tqdm(pool.imap(_decode, jobs, chunksize=256), **show)):
-                images[row] = _checked(image)
+    bar = tqdm(total=len(files), desc="decoding", unit=" images", disable=None, leave=False)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(bar)
+        chunks = [(files[i : i + 256], image_size) for i in range(0, len(files), 256)]
+        results = map(_decode, chunks)
+        if len(files) > 2000:  # fewer are sooner decoded than processes are started
+            # "spawn" is the one start method that is safe after torch has started threads.
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(os.cpu_count()))
+            results = pool.imap(_decode, chunks)
+        for decoded in results:
+            if isinstance(decoded, str):
+                raise InputError(decoded)
+            images[bar.n : bar.n + len(decoded)] = decoded
+            bar.update(len(decoded))
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def _checked(image: np.ndarray | str) -> np.ndarray:
-    if isinstance(image, str):
-        raise InputError(image)
-    return image
+def _decode(chunk: tuple[list[Path], int]) -> np.ndarray | str:
+    """Return images as uint8 (n, S, S, 3), or which file is wrong and how."""
+    files, image_size = chunk
 
+    def decode(file: Path) -> np.ndarray:
+        try:
+            with Image.open(file) as image:
+                return np.asarray(to_square_rgb(image, image_size))
+        except Exception as error:  # Pillow's decoders raise many types
+            raise InputError(f"{file}: not a readable image: {error}") from None
 
-def _decode(job: tuple[Path, int]) -> np.ndarray | str:
-    """Return an image as uint8 (S, S, 3), or what is wrong with it (exceptions lose their type)."""
-    file, image_size = job
     try:
-        with Image.open(file) as image:
-            return np.asarray(to_square_rgb(image, image_size))
-    except Exception as error:  # Pillow's decoders raise many types
-        return f"{file}: not a readable image: {error}"
+        with ThreadPoolExecutor(8) as threads:  # which wait for the disk together
+            return np.stack(list(threads.map(decode, files)))
+    except InputError as error:  # as text, since a process pool would add its own traceback
+        return str(error)
 
 
 def to_square_rgb(image: Image.Image, size: int) -> Image.Image:

@@ -1,0 +1,56 @@
+"""What several test files share: a small image folder, a tiny run, and the scripts' main()."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train
+
+CLASSES = ["ant", "bee", "cow"]
+
+
+def write_image_folder(root: Path, per_class: int = 20, size: int = 16, seed: int = 0) -> Path:
+    """Write root/{train,test}/{ant,bee,cow}/*.png of random pixels around a colour per class."""
+    rng = np.random.default_rng(seed)
+    for split in ("train", "test"):
+        for label, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                pixels = rng.integers(0, 150, (size, size, 3))
+                pixels[..., label] += 100
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """A read-only image folder for every test: 3 classes, 20 images of 16 px in each."""
+    return write_image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def tiny_config(tmp_path, image_folder) -> Path:
+    """A configuration whose run takes a second: 6 steps in each of 2 epochs, with dropout."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        "model: {image_size: 16, embedding_dim: 16, num_blocks: 1, mlp_dim: 16, num_classes: 3}\n"
+        f"data: {{name: image_folder, root: {image_folder}, val_fraction: 0.2}}\n"
+        "train: {epochs: 2, batch_size: 8, device: cpu, seed: 3, crop_padding: 2}\n"
+    )
+    return path
+
+
+@pytest.fixture
+def run_train(tiny_config, tmp_path, capsys):
+    """Run train.main with the tiny configuration and return (exit code, stdout, stderr)."""
+
+    def run(*arguments: str, run_dir: str = "run") -> tuple[int, str, str]:
+        argv = ["--config", str(tiny_config), "--run_dir", str(tmp_path / run_dir), *arguments]
+        code = train.main(argv)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
