@@ -1,5 +1,6 @@
 """The data sets: what is decoded, split, normalised, and refused."""
 
+import hashlib
 import os
 import pickle
 import shutil
@@ -9,7 +10,6 @@ import time
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import CLASSES, write_image_folder
 from PIL import Image
 from torchvision.datasets import CIFAR10
@@ -51,14 +51,14 @@ def test_the_split_depends_on_its_own_seed_only(image_folder):
 
 
 def test_many_files_are_decoded_by_several_processes_in_order(tmp_path):
-    root = write_image_folder(tmp_path / "many", per_class=700, size=8)
+    root = write_image_folder(tmp_path / "many", per_class=350, size=8)
     data = load_folder(root, size=8)
     files = [f for name in CLASSES for f in sorted((root / "test" / name).iterdir())]
-    for row in (0, 255, 256, 700, 2099):
+    for row in (0, 255, 256, 350, 1049):
         expected = np.asarray(Image.open(files[row])).transpose(2, 0, 1)
         assert np.array_equal(data.test.images[row].numpy(), expected)
-    (root / "test" / "cow" / "650.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match="650.png: not a readable image") as error:
+    (root / "test" / "cow" / "345.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"345\.png: not a readable image") as error:
         load_folder(root, size=8)
     assert "\n" not in str(error.value)
 
@@ -100,7 +100,7 @@ def test_a_wide_image_is_scaled_by_its_shorter_side_and_cropped_at_the_centre():
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = 200  # the centre third
     result = np.asarray(to_square_rgb(Image.fromarray(pixels), 10))
-    assert result.shape == (10, 10, 3) and (result[:, 1:-1] == 200).all()
+    assert result.shape == (10, 10, 3) and (result[:, 2:-2] == 200).all() and result[0, 0, 0] > 150
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -152,11 +152,11 @@ def test_a_spoilt_image_folder_is_refused_in_one_line(spoil, message, tmp_path):
 
 
 def test_num_classes_and_image_size_must_agree_with_the_data(image_folder):
-    with pytest.raises(InputError, match="model.num_classes 10, but the data has 3"):
+    with pytest.raises(InputError, match=r"model\.num_classes 10, but the data has 3"):
         load_folder(image_folder, classes=10)
-    with pytest.raises(InputError, match="model.image_size 16, but shapes has 32 px"):
+    with pytest.raises(InputError, match=r"model\.image_size 16, but shapes has 32 px"):
         load_dataset(DataConfig("shapes"), 16, 10)
-    with pytest.raises(InputError, match="data.val_fraction 0.001 of 60"):
+    with pytest.raises(InputError, match=r"data\.val_fraction 0\.001 of 60"):
         load_folder(image_folder, val_fraction=0.001)
 
 
@@ -190,23 +190,6 @@ def test_shapes_are_a_pure_function_of_the_seed_with_balanced_classes():
     assert data.classes == list(SHAPES) and (len(data.train), len(data.test)) == (9000, 2000)
 
 
-def test_a_linear_classifier_on_the_pixels_does_not_solve_shapes():
-    train, test = shapes(10_000, seed=0), shapes(2_000, seed=1)
-    mean, std = train.images.float().mean(0), train.images.float().std(0)
-    x = ((train.images.float() - mean) / std).flatten(1)
-    y = ((test.images.float() - mean) / std).flatten(1)
-    # Ridge regression onto one-hot targets is at its optimum in one solve; the best of several
-    # strengths is taken on the test images, in the linear classifier's favour.
-    x, y = (torch.cat([z, torch.ones(len(z), 1)], 1).double() for z in (x, y))
-    gram, target = x.T @ x, x.T @ F.one_hot(train.labels).double()
-    accuracies = []
-    for strength in (1e2, 1e3, 1e4, 1e5):
-        weights = torch.linalg.solve(gram + strength * torch.eye(len(gram)), target)
-        accuracies.append(100 * ((y @ weights).argmax(1) == test.labels).double().mean().item())
-    print(f"\nlinear classifier on shapes: {max(accuracies):.1f} % of the test images")
-    assert max(accuracies) < 60
-
-
 def fake_cifar10(root, monkeypatch):
     """A small archive in CIFAR-10's own layout, with torchvision's checksums set to fit it."""
     folder = root / "source" / CIFAR10.base_folder
@@ -224,8 +207,8 @@ def fake_cifar10(root, monkeypatch):
     archive = root / "source" / CIFAR10.filename
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, CIFAR10.base_folder)
-    md5 = {file.name: hashlib_md5(file) for file in folder.iterdir()}
-    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib_md5(archive))
+    md5 = {file.name: md5_of(file) for file in folder.iterdir()}
+    monkeypatch.setattr(CIFAR10, "tgz_md5", md5_of(archive))
     monkeypatch.setattr(CIFAR10, "train_list", [[name, md5[name]] for name in names[:5]])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
     meta = {"filename": "batches.meta", "key": "label_names", "md5": md5["batches.meta"]}
@@ -234,9 +217,7 @@ def fake_cifar10(root, monkeypatch):
     return archive, folder
 
 
-def hashlib_md5(path):
-    import hashlib
-
+def md5_of(path):
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
@@ -257,13 +238,26 @@ def test_cifar10_is_read_from_an_archive_put_in_place(tmp_path, monkeypatch):
     assert data.test.labels.tolist() == test["labels"]
 
 
+def test_a_damaged_list_of_cifar10_classes_is_refused(tmp_path, monkeypatch):
+    archive, _ = fake_cifar10(tmp_path, monkeypatch)
+    root = tmp_path / "data"
+    root.mkdir()
+    shutil.copy(archive, root)
+    load_cifar10(root)
+    flip_a_bit(root / CIFAR10.base_folder / "batches.meta")
+    with pytest.raises(InputError, match=f"remove {root / CIFAR10.base_folder}"):
+        load_cifar10(root)
+    shutil.rmtree(root / CIFAR10.base_folder)  # as it says
+    load_cifar10(root)
+
+
 def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch"])
 @pytest.mark.parametrize("damage", [flip_a_bit, lambda path: path.unlink()])
 def test_a_damaged_cifar10_batch_is_repaired_from_the_archive(name, damage, tmp_path, monkeypatch):
     archive, _ = fake_cifar10(tmp_path, monkeypatch)
@@ -275,7 +269,7 @@ def test_a_damaged_cifar10_batch_is_repaired_from_the_archive(name, damage, tmp_
     assert torch.equal(load_cifar10(root).train.images, before.train.images)
     (root / CIFAR10.filename).unlink()
     damage(root / CIFAR10.base_folder / name)
-    with pytest.raises(InputError, match="could not be downloaded"):
+    with pytest.raises(InputError, match="could not be downloaded or read"):
         load_cifar10(root)
 
 

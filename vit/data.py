@@ -124,8 +124,9 @@ def _cifar10(root: Path) -> tuple[Split, Split, list[str]]:
     except (OSError, RuntimeError, EOFError) as error:  # no network, no disk, a damaged archive
         fault = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"CIFAR-10 could not be downloaded ({fault}): put {CIFAR10.filename} "
-            f"(MD5 {CIFAR10.tgz_md5}) into {root}/; {NO_DOWNLOAD}"
+            f"CIFAR-10 could not be downloaded or read ({fault}): put {CIFAR10.filename} "
+            f"(MD5 {CIFAR10.tgz_md5}) into {root}/ and remove {root / CIFAR10.base_folder}/; or "
+            f"{NO_DOWNLOAD}"
         ) from None
     splits = [
         Split(
@@ -177,14 +178,16 @@ def _decode_all(files: list[Path], image_size: int) -> Tensor:
         stack.enter_context(bar)
         chunks = [(files[i : i + 256], image_size) for i in range(0, len(files), 256)]
         results = map(_decode, chunks)
-        if len(files) > 2000:  # fewer are sooner decoded than processes are started
+        if len(files) > 1000:  # fewer are sooner decoded than processes are started
             # "spawn" is the one start method that is safe after torch has started threads.
             pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(os.cpu_count()))
             results = pool.imap(_decode, chunks)
+        done = 0
         for decoded in results:
             if isinstance(decoded, str):
                 raise InputError(decoded)
-            images[bar.n : bar.n + len(decoded)] = decoded
+            images[done : done + len(decoded)] = decoded
+            done += len(decoded)
             bar.update(len(decoded))
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
@@ -244,17 +247,18 @@ def shapes(count: int, seed: int) -> Split:
     """
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % len(SHAPES)
-    radius = rng.uniform(7, 13, (count, 1, 1))
-    centre = rng.uniform(radius, 32 - radius, (2, count, 1, 1))
-    pixel = np.arange(32) + 0.5
+    radius = rng.uniform(8, 14, (count, 1, 1)).astype(np.float32)
+    centre = rng.uniform(radius, 32 - radius, (2, count, 1, 1)).astype(np.float32)
+    pixel = np.arange(32, dtype=np.float32) + 0.5
     x, y = (pixel[None, None, :] - centre[0]) / radius, (pixel[None, :, None] - centre[1]) / radius
     inside = np.zeros((count, 32, 32), bool)
     for label, is_inside in enumerate(SHAPES.values()):
         own = labels == label
         inside[own] = is_inside(x[own], y[own]) & (np.maximum(abs(x[own]), abs(y[own])) < 1)
-    ground = rng.uniform(0, 255, (count, 3, 1, 1))
-    shift = rng.uniform(60, 128, (count, 3, 1, 1)) * rng.choice([-1, 1], (count, 3, 1, 1))
-    colour = np.where((ground + shift > 255) | (ground + shift < 0), ground - shift, ground + shift)
-    images = np.where(inside[:, None], colour, ground) + rng.normal(0, 15, (count, 3, 32, 32))
+    ground = rng.uniform(0, 255, (count, 3, 1, 1)).astype(np.float32)
+    shift = rng.uniform(60, 128, (count, 3, 1, 1)).astype(np.float32)
+    colour = np.where(ground < 128, ground + shift, ground - shift)
+    noise = 12 * rng.standard_normal((count, 3, 32, 32), np.float32)
+    images = np.where(inside[:, None], colour, ground) + noise
     images = images.clip(0, 255).round().astype(np.uint8)
     return Split(torch.from_numpy(images), torch.from_numpy(labels))
