@@ -90,8 +90,11 @@ def main(argv: list[str] | None = None) -> int:
         result = evaluate(flags)
         if "figures" in flags:
             folder = Path(flags["figures"])
-            folder.mkdir(parents=True, exist_ok=True)
-            plot_class_accuracy(result["class_accuracy"], folder / "class_accuracy.png")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                plot_class_accuracy(result["class_accuracy"], folder / "class_accuracy.png")
+            except OSError as error:
+                raise InputError(f"--figures {folder}: {error.strerror or error}") from None
     except InputError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2

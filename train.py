@@ -283,22 +283,23 @@ def open_run(run_dir: Path, config: Config, is_new: bool) -> Iterator[None]:
     try:
         if is_new:
             run_dir.mkdir(parents=True)
-            checkpoint.write_atomically(
-                run_dir / "config.yaml", lambda file: file.write(config.to_yaml().encode())
-            )
+        folder = os.open(run_dir, os.O_RDONLY) if fcntl else None
     except OSError as error:
-        raise InputError(f"{run_dir}: cannot be made: {error.strerror}") from None
-    if fcntl is None:
-        yield
-        return
-    folder = os.open(run_dir, os.O_RDONLY)
+        raise InputError(f"{run_dir}: cannot be used: {error.strerror}") from None
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the kernel, come what may
+        if fcntl:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go, come what may
+        if is_new:
+            text = config.to_yaml().encode()
+            checkpoint.write_atomically(run_dir / "config.yaml", lambda file: file.write(text))
         yield
     except BlockingIOError:
         raise InputError(f"{run_dir}: another process is working in it") from None
+    except OSError as error:
+        raise Stopped(f"{run_dir}: {error}", code=1) from None
     finally:
-        os.close(folder)
+        if fcntl:
+            os.close(folder)
         if is_new and not (run_dir / checkpoint.NAME).exists():  # not even the first save worked
             shutil.rmtree(run_dir)
 

@@ -31,26 +31,32 @@ def image_folder(tmp_path_factory) -> Path:
     return write_image_folder(tmp_path_factory.mktemp("images"))
 
 
-@pytest.fixture
-def tiny_config(tmp_path, image_folder) -> Path:
-    """A configuration whose run takes a second: 6 steps in each of 2 epochs, with dropout."""
-    path = tmp_path / "tiny.yaml"
+def write_tiny_config(folder: Path, image_folder: Path, **train_keys) -> Path:
+    """Write a configuration whose run takes a second: 6 steps in each of 2 epochs, dropout 0.1."""
+    keys = dict(epochs=2, batch_size=8, device="cpu", seed=3, crop_padding=2) | train_keys
+    path = folder / "tiny.yaml"
     path.write_text(
         "model: {image_size: 16, embedding_dim: 16, num_blocks: 1, mlp_dim: 16, num_classes: 3}\n"
         f"data: {{name: image_folder, root: {image_folder}, val_fraction: 0.2}}\n"
-        "train: {epochs: 2, batch_size: 8, device: cpu, seed: 3, crop_padding: 2}\n"
+        f"train: {{{', '.join(f'{key}: {value}' for key, value in keys.items())}}}\n"
     )
     return path
 
 
 @pytest.fixture
-def run_train(tiny_config, tmp_path, capsys):
+def run_train(tmp_path, image_folder, capsys):
     """Run train.main with the tiny configuration and return (exit code, stdout, stderr)."""
+    config = write_tiny_config(tmp_path, image_folder)
 
     def run(*arguments: str, run_dir: str = "run") -> tuple[int, str, str]:
-        argv = ["--config", str(tiny_config), "--run_dir", str(tmp_path / run_dir), *arguments]
-        code = train.main(argv)
+        code = train.main(
+            ["--config", str(config), "--run_dir", str(tmp_path / run_dir), *arguments]
+        )
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
     return run
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=4, help="moments at which runs are killed")

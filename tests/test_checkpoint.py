@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 import torch
+from conftest import write_tiny_config
 
 import train
 from vit import ViT, checkpoint
@@ -17,12 +18,8 @@ from vit.config import InputError
 def folder(tmp_path_factory, image_folder):
     """The folder of a finished tiny run, with a checkpoint and the one before it."""
     tmp = tmp_path_factory.mktemp("checkpoint")
-    (tmp / "tiny.yaml").write_text(
-        "model: {image_size: 16, embedding_dim: 16, num_blocks: 1, mlp_dim: 16, num_classes: 3}\n"
-        f"data: {{name: image_folder, root: {image_folder}, val_fraction: 0.2}}\n"
-        "train: {epochs: 2, batch_size: 8, device: cpu}\n"
-    )
-    assert train.main(["--config", str(tmp / "tiny.yaml"), "--run_dir", str(tmp / "run")]) == 0
+    config = write_tiny_config(tmp, image_folder)
+    assert train.main(["--config", str(config), "--run_dir", str(tmp / "run")]) == 0
     return tmp / "run"
 
 

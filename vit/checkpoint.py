@@ -73,9 +73,8 @@ def _keep(path: Path, previous: Path) -> None:
         except OSError:  # a file system without hard links
             shutil.copyfile(path, temporary)
         os.replace(temporary, previous)
-    except BaseException:
+    finally:  # also where both were links to one file already, which rename leaves as they are
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def load(path: Path) -> dict:
