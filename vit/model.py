@@ -62,8 +62,9 @@ class SelfAttention(nn.MultiheadAttention):
 
     def forward(self, z: Tensor) -> Tensor:
         qkv = F.linear(z, self.in_proj_weight, self.in_proj_bias)  # (B, S, 3·D)
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        heads = F.scaled_dot_product_attention(q, k, v)  # (B, k, S, D/k)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)  # (B, S, k, D/k)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, k, S, D/k)
+        heads = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(heads.transpose(1, 2).flatten(2))
 
 

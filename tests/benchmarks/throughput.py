@@ -103,7 +103,7 @@ def tutorial_loop(batch_size: int) -> float:
 
 
 def our_loop(batch_size: int) -> float:
-    """Run train.py itself for one epoch of 9,000 images; return the images/s that it reports."""
+    """Run train.py itself for 2 epochs of 9,000 images; return the images/s of the second."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         config = Path(folder) / "benchmark.yaml"
         config.write_text(
@@ -113,7 +113,7 @@ def our_loop(batch_size: int) -> float:
         with contextlib.redirect_stdout(io.StringIO()):
             assert train.main([*argv, "--train.batch_size", str(batch_size)]) == 0
         with open(f"{folder}/run/metrics.csv") as file:
-            return float(next(csv.DictReader(file))["images_per_second"])
+            return float(list(csv.DictReader(file))[-1]["images_per_second"])
 
 
 def main() -> None:
