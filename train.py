@@ -58,6 +58,9 @@ def train(config: Config, run_dir: Path, saved: dict | None = None) -> None:
             f"{run_dir} exists already: go on with --resume {run_dir}, or name another --run_dir"
         )
     device, bfloat16 = pick_device(settings.device, settings.precision)
+    if settings.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not
+    torch.use_deterministic_algorithms(settings.deterministic)
 
     # Data: three splits of uint8 images on the device.
     data = load_dataset(config.data, config.model["image_size"], config.model["num_classes"])
@@ -147,7 +150,7 @@ def train(config: Config, run_dir: Path, saved: dict | None = None) -> None:
             order = permutation(len(train_split), settings.seed, epoch).to(device)
             for step in progress(range(first_step, steps_per_epoch), epoch, settings, loss_sum):
                 # Augmentation and dropout are functions of (seed, epoch, step) alone.
-                torch.manual_seed(mix(settings.seed, epoch, step))
+                seed_generators(device, mix(settings.seed, epoch, step))
                 batch = train_split[order[step * settings.batch_size :][: settings.batch_size]]
                 images = augment(batch.images, settings.crop_padding, settings.horizontal_flip)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
@@ -219,6 +222,15 @@ def train(config: Config, run_dir: Path, saved: dict | None = None) -> None:
 def mix(*numbers: int) -> int:
     """Return a 32-bit seed that depends on every one of the numbers."""
     return random.Random(" ".join(map(str, numbers))).getrandbits(32)
+
+
+def seed_generators(device: torch.device, number: int) -> None:
+    """Seed the CPU's and the device's generator; torch.manual_seed is slow for every step."""
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+    elif device.type == "mps":
+        torch.mps.manual_seed(number)
 
 
 def permutation(count: int, seed: int, epoch: int) -> Tensor:

@@ -4,8 +4,10 @@ import hashlib
 import os
 import pickle
 import shutil
+import struct
 import tarfile
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -149,6 +151,46 @@ def test_a_spoilt_image_folder_is_refused_in_one_line(spoil, message, tmp_path):
     with pytest.raises(InputError, match=message) as error:
         load_folder(root)
     assert "\n" not in str(error.value)
+
+
+def write_bomb(path, width, height):
+    """A PNG of a few bytes whose header claims width x height pixels."""
+
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content + chunk(b"IEND", b""))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("width, height", [(40_000, 40_000), (12_000, 10_000)])  # 2nd: a warning
+def test_an_image_bomb_is_refused_by_name(width, height, tmp_path):
+    root = write_image_folder(tmp_path / "f", per_class=5)
+    write_bomb(root / "train/ant/bomb.png", width, height)
+    with pytest.raises(InputError, match=r"train/ant/bomb\.png: not a readable image.*pixels"):
+        load_folder(root)
+
+
+@pytest.mark.parametrize(
+    "link, target",
+    [
+        ("train/dog", "train/ant"),  # a class that is another one
+        ("train/ant/again.png", "train/bee/001.png"),
+        ("test/ant/leak.png", "train/ant/001.png"),
+        ("train/loop", ".."),  # a loop of folders
+    ],
+)
+def test_the_same_file_twice_through_a_link_is_refused(link, target, tmp_path):
+    root = write_image_folder(tmp_path / "f", per_class=5)
+    (root / link).symlink_to(target if target == ".." else root / target)
+    if link in ("train/dog", "train/loop"):
+        shutil.copytree(root / "test/ant", root / "test" / link.split("/")[1])
+    with pytest.raises(InputError, match=r"the same file as|no images") as error:
+        load_folder(root)
+    assert link.split("/")[1] in str(error.value)
 
 
 def test_num_classes_and_image_size_must_agree_with_the_data(image_folder):

@@ -130,6 +130,21 @@ def test_the_averaged_weights_follow_the_formula_and_are_the_ones_evaluated(
     assert not same(one, two)
 
 
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_deterministic_lets_torch_refuse_kernels_that_are_not(value, run_train, monkeypatch):
+    seen = []
+    real = train.step_if
+
+    def step_if(*arguments):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        real(*arguments)
+
+    monkeypatch.setattr(train, "step_if", step_if)
+    assert run_train("--train.deterministic", value)[0] == 0
+    torch.use_deterministic_algorithms(False)
+    assert set(seen) == {value == "true"}
+
+
 def test_evaluate_test_false_leaves_the_test_images_untouched(run_train, tmp_path):
     code, out, _ = run_train("--train.evaluate_test", "false")
     assert code == 0 and "test accuracy" not in out

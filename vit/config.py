@@ -63,6 +63,7 @@ class TrainConfig:
         ema_decay: evaluate an exponential moving average of the weights with this decay a step,
             in [0, 1); 0 evaluates the weights themselves.
         checkpoint_minutes: save also inside of an epoch, this many minutes after the last save.
+        deterministic: only use kernels that give the same bits each time; slower on CUDA.
         evaluate_test: evaluate the test images once, at the end.
     """
 
@@ -82,6 +83,7 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     ema_decay: float = 0.0
     checkpoint_minutes: float = 10.0
+    deterministic: bool = False
     evaluate_test: bool = True
 
 

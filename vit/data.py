@@ -152,13 +152,18 @@ def _image_folder(root: Path, image_size: int) -> tuple[Split, Split, list[str]]
         raise InputError(f"{root}: class {odd} is in only one of train and test")
     if not names[0]:
         raise InputError(f"{folders[0]}: no class folders")
-    listings = []  # every file is found before the first is decoded
+    listings, seen = [], {}  # every file is found before the first is decoded
     for folder in folders:
         files, labels = [], []
         for label, name in enumerate(names[0]):
             inside = sorted(f for f in (folder / name).iterdir() if _is_image_file(f))
             if not inside:
                 raise InputError(f"{folder / name}: no images")
+            real_folder = (folder / name).resolve()
+            for file in inside:  # a link to another class, or from train to test, counts twice
+                real = file.resolve() if file.is_symlink() else real_folder / file.name
+                if seen.setdefault(real, file) is not file:
+                    raise InputError(f"{file}: the same file as {seen[real]}")
             files += inside
             labels += [label] * len(inside)
         listings.append((files, labels))
@@ -199,6 +204,10 @@ def _decode(chunk: tuple[list[Path], int]) -> np.ndarray | str:
     def decode(file: Path) -> np.ndarray:
         try:
             with Image.open(file) as image:
+                if (
+                    image.width * image.height > Image.MAX_IMAGE_PIXELS
+                ):  # Pillow itself may only warn
+                    raise ValueError(f"{image.width} x {image.height} pixels are too many")
                 return np.asarray(to_square_rgb(image, image_size))
         except Exception as error:  # Pillow's decoders raise many types
             raise InputError(f"{file}: not a readable image: {error}") from None

@@ -83,8 +83,8 @@ class Dropout(nn.Dropout):
         words = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [-2¹⁵, 2¹⁵)
         dropped = round(self.p * 2**16)  # of 2¹⁶
-        keep = (bits >= dropped - 2**15).to(x.dtype)
-        return x * keep.mul_(2**16 / (2**16 - dropped))
+        keep = bits.float().ge_(dropped - 2**15).mul_(2**16 / (2**16 - dropped))
+        return x * keep.to(x.dtype)
 
 
 class EncoderBlock(nn.Module):
