@@ -59,4 +59,4 @@ def run_train(tmp_path, image_folder, capsys):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=4, help="moments at which runs are killed")
+    parser.addoption("--kills", type=int, default=2, help="moments at which runs are killed")

@@ -89,19 +89,6 @@ def mutations():
 MUTATIONS = list(mutations())
 
 
-@pytest.mark.parametrize("key, value, why", MUTATIONS)
-def test_every_mutation_in_a_file_is_one_line_with_file_and_key(key, value, why, tmp_path):
-    section, name = key.split(".")
-    path = tmp_path / "bad.yaml"
-    path.write_text(f"{section}: {{{name}: {value}}}\n")
-    with pytest.raises(InputError) as error:
-        read("--config", str(path))
-    message = str(error.value)
-    assert "\n" not in message and str(path) in message
-    named = {"optimizer": "optimizer", "embedding_dim": "model"}.get(name, name)
-    assert named in message
-
-
 def test_there_are_more_than_a_hundred_mutations():
     print(f"\n{len(MUTATIONS)} mutations of {len(KEYS)} keys")
     assert len(MUTATIONS) > 100 and len(KEYS) > 25

@@ -197,8 +197,8 @@ def _reword(error: ArgumentError, where: Callable[[str], str]) -> str:
     return text
 
 
-def train_flags(argv: list[str]) -> dict[str, Any]:
-    """Read the command line of train.py: what it gives, without defaults; see `parse_flags`."""
+@functools.cache
+def _train_parser() -> ArgumentParser:
     parser = _new_parser()
     parser.add_argument("--config", help="YAML file with the sections model, data and train.")
     parser.add_argument("--run_dir", help="Folder of the run; default runs/NAME of the config.")
@@ -208,7 +208,12 @@ def train_flags(argv: list[str]) -> dict[str, Any]:
         help="Go on with the run in this folder, with its own configuration; only the device and "
         "data.root can be given anew.",
     )
-    return parse_flags(parser, argv)
+    return parser
+
+
+def train_flags(argv: list[str]) -> dict[str, Any]:
+    """Read the command line of train.py: what it gives, without defaults; see `parse_flags`."""
+    return parse_flags(_train_parser(), argv)
 
 
 def read_config(flags: dict[str, Any]) -> tuple[Config, Path]:
