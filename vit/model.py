@@ -117,7 +117,7 @@ class ViT(nn.Module):
     """Classify images: patches → tokens (Eq. 1) → L blocks (Eq. 2-3) → y → logits (Eq. 4).
 
     The defaults are the 847,626-parameter model. The paper's own models take
-    pool="class_token", final_norm=True, mlp_dim=4·D and norm_eps=1e-6: see PAPER.
+    pool="class_token", final_norm=True, mlp_dim=4·D and norm_eps=1e-6.
 
     Shapes: (B, 3, H, W), normalised → logits (B, K).
 
