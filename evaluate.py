@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
     parser.add_argument("--checkpoint", help="File that train.py wrote: runs/NAME/checkpoint.pt.")
     parser.add_class_arguments(DataConfig, "data", skip={"val_fraction", "split_seed"})
-    rest = {"epochs"} | set(TrainConfig.__dataclass_fields__) - {"device", "precision"}
+    rest = set(TrainConfig.__dataclass_fields__) - {"device", "precision"}
     parser.add_class_arguments(TrainConfig, "train", skip=rest)
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     parser.add_argument("--figures", help="Folder for the bars of the per-class accuracy.")

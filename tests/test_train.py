@@ -19,6 +19,7 @@ import train
 from vit import checkpoint
 from vit.config import DataConfig
 from vit.data import load_dataset
+from vit.run import COLUMNS
 
 ROOT = Path(train.__file__).parent
 
@@ -43,7 +44,7 @@ def test_a_run_writes_its_folder_and_prints_a_summary(run_train, tmp_path, image
     names = {"config.yaml", "metrics.csv", "curves.png", checkpoint.NAME, checkpoint.PREVIOUS}
     assert {f.name for f in run_dir.iterdir()} == names
     rows = read_rows(run_dir)
-    assert [row["epoch"] for row in rows] == ["1", "2"] and list(rows[0]) == train.COLUMNS
+    assert [row["epoch"] for row in rows] == ["1", "2"] and list(rows[0]) == COLUMNS
     lines = out.splitlines()
     assert lines[0].startswith("epoch 1/2: ") and lines[1].startswith("epoch 2/2: ")
     assert "of 60 images" in out and str(run_dir) in out

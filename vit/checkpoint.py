@@ -115,8 +115,8 @@ def load_model(path: Path) -> tuple[ViT, Normalization, Config, list[str]]:
     try:
         config = Config.from_dict(state["config"])
         model = ViT(**config.model)
-        average = AveragedModel(model)
         if state["average"]:
+            average = AveragedModel(model)
             average.load_state_dict(state["average"])
             model = average.module
         else:

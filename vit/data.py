@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from vit.config import DataConfig, InputError
@@ -119,6 +117,9 @@ def batches(split: Split, size: int) -> Iterator[Split]:
 
 
 def _cifar10(root: Path) -> tuple[Split, Split, list[str]]:
+    # torchvision takes over a second to import, also in each process that decodes images.
+    from torchvision.datasets import CIFAR10
+
     try:
         parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, EOFError) as error:  # no network, no disk, a damaged archive
@@ -138,6 +139,8 @@ def _cifar10(root: Path) -> tuple[Split, Split, list[str]]:
 
 
 def _image_folder(root: Path, image_size: int) -> tuple[Split, Split, list[str]]:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
     folders = [root / "train", root / "test"]
     names = []
     for folder in folders:
@@ -156,7 +159,11 @@ def _image_folder(root: Path, image_size: int) -> tuple[Split, Split, list[str]]
     for folder in folders:
         files, labels = [], []
         for label, name in enumerate(names[0]):
-            inside = sorted(f for f in (folder / name).iterdir() if _is_image_file(f))
+            inside = sorted(
+                f
+                for f in (folder / name).iterdir()
+                if f.suffix.lower() in IMG_EXTENSIONS and f.name[0] != "." and f.is_file()
+            )
             if not inside:
                 raise InputError(f"{folder / name}: no images")
             real_folder = (folder / name).resolve()
@@ -169,10 +176,6 @@ def _image_folder(root: Path, image_size: int) -> tuple[Split, Split, list[str]]
         listings.append((files, labels))
     splits = [Split(_decode_all(f, image_size), torch.tensor(labels)) for f, labels in listings]
     return *splits, names[0]
-
-
-def _is_image_file(path: Path) -> bool:
-    return path.suffix.lower() in IMG_EXTENSIONS and path.name[0] != "." and path.is_file()
 
 
 def _decode_all(files: list[Path], image_size: int) -> Tensor:
@@ -204,9 +207,8 @@ def _decode(chunk: tuple[list[Path], int]) -> np.ndarray | str:
     def decode(file: Path) -> np.ndarray:
         try:
             with Image.open(file) as image:
-                if (
-                    image.width * image.height > Image.MAX_IMAGE_PIXELS
-                ):  # Pillow itself may only warn
+                pixels = image.width * image.height
+                if pixels > Image.MAX_IMAGE_PIXELS:  # Pillow itself may only warn
                     raise ValueError(f"{image.width} x {image.height} pixels are too many")
                 return np.asarray(to_square_rgb(image, image_size))
         except Exception as error:  # Pillow's decoders raise many types

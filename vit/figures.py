@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+
+def _new_figure(width: float, height: float):
+    """Return a figure of a size in inches. Importing matplotlib is slow, hence not done above."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def plot_curves(rows: list[dict[str, float]], path: Path) -> None:
     """Draw losses and validation accuracy by epoch from the rows of metrics.csv."""
     epochs = [row["epoch"] for row in rows]
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = _new_figure(10, 4)
     losses, accuracy = figure.subplots(1, 2)
     for name in ("train_loss", "val_loss"):
         label = {"train_loss": "training", "val_loss": "validation"}[name]
@@ -20,13 +24,13 @@ def plot_curves(rows: list[dict[str, float]], path: Path) -> None:
     accuracy.set(xlabel="epoch", ylabel="validation accuracy (%)")
     for axes in (losses, accuracy):
         axes.grid(alpha=0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.locator_params(axis="x", integer=True)
     figure.savefig(path, dpi=120)
 
 
 def plot_class_accuracy(accuracies: dict[str, float], path: Path) -> None:
     """Draw one bar per class, in percent, and the mean over the classes as a line."""
-    figure = Figure(figsize=(7, 1 + 0.35 * len(accuracies)), layout="constrained")
+    figure = _new_figure(7, 1 + 0.35 * len(accuracies))
     axes = figure.subplots()
     names, values = list(accuracies), list(accuracies.values())
     bars = axes.barh(names, values)
