@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from vit import checkpoint
 from vit.config import DataConfig, InputError, TrainConfig, parse_flags
 from vit.data import load_dataset
-from vit.evaluation import confusion_matrix, loss_and_accuracy, pick_device, predict
+from vit.evaluation import batch_size, confusion_matrix, loss_and_accuracy, pick_device, predict
 from vit.figures import plot_class_accuracy
 from vit.model import ViT
 
@@ -25,7 +25,7 @@ def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
     """
     if "checkpoint" not in flags:
         raise InputError("--checkpoint FILE is missing")
-    model, normalize, config, classes = checkpoint.load_model(Path(flags["checkpoint"]))
+    model, preprocess, config, classes = checkpoint.load_model(Path(flags["checkpoint"]))
     data_config = dataclasses.replace(config.data, **flags.get("data", {}))
     settings = dataclasses.replace(config.train, **flags.get("train", {}))
     device, bfloat16 = pick_device(settings.device, settings.precision)
@@ -33,11 +33,12 @@ def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
     if data.classes != classes:
         odd = next(a for a, b in zip(classes, data.classes, strict=True) if a != b)
         raise InputError(f"data.root {data_config.root}: the checkpoint's class {odd} is not there")
-    model, normalize, test = model.to(device), normalize.to(device), data.test.to(device)
+    model, preprocess, test = model.to(device), preprocess.to(device), data.test.to(device)
 
-    predict(model, test[:1000], normalize, bfloat16)  # the first batch also loads the kernels
+    first = test[: batch_size(model)]
+    predict(model, first, preprocess, bfloat16)  # it also loads the kernels, and is not timed
     started = time.perf_counter()
-    logits = predict(model, test, normalize, bfloat16)
+    logits = predict(model, test, preprocess, bfloat16)
     loss, accuracy = loss_and_accuracy(logits, test.labels)  # waits for the device
     seconds = time.perf_counter() - started
     confusion = confusion_matrix(logits, test.labels)
@@ -80,9 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
     parser.add_argument("--checkpoint", help="File that train.py wrote: runs/NAME/checkpoint.pt.")
-    parser.add_class_arguments(DataConfig, "data", skip={"val_fraction", "split_seed"})
-    rest = set(TrainConfig.__dataclass_fields__) - {"device", "precision"}
-    parser.add_class_arguments(TrainConfig, "train", skip=rest)
+    for section, kind in (("data", DataConfig), ("train", TrainConfig)):
+        rest = set(kind.__dataclass_fields__) - {"name", "root", "device", "precision"}
+        parser.add_class_arguments(kind, section, skip=rest)
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     parser.add_argument("--figures", help="Folder for the bars of the per-class accuracy.")
     try:

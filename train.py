@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -17,11 +18,12 @@ from tqdm import tqdm
 from vit import checkpoint
 from vit.augment import augment
 from vit.config import Config, InputError, TrainConfig, read_config, resumed_config, train_flags
-from vit.data import Normalization, Split, load_dataset
+from vit.data import Preprocess, Split, batches, load_dataset, mean_and_std
 from vit.evaluation import loss_and_accuracy, pick_device, predict
 from vit.figures import plot_curves
 from vit.model import ViT
 from vit.optim import FiniteGuard, make_optimizers, schedule, set_learning_rates, step_if
+from vit.pretrained import load_pretrained
 from vit.run import Interrupted, Signals, Stopped, open_run, write_metrics
 
 
@@ -42,11 +44,22 @@ def train(config: Config, run_dir: Path, saved: dict | None = None) -> None:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not
     torch.use_deterministic_algorithms(settings.deterministic)
 
+    # The model before the data: weights that do not fit are told before any image is decoded.
+    torch.manual_seed(settings.seed)
+    model = ViT(**config.model)
+    if settings.init_from and saved is None:
+        load_pretrained(model, settings.init_from)
+    model = model.to(device)
+    parameters = list(model.parameters())
+
     # Data: three splits of uint8 images on the device.
     data = load_dataset(config.data, config.model["image_size"], config.model["num_classes"])
-    normalize = Normalization.of(data.train.images).to(device)
+    mean, std = mean_and_std(data.train.images)
+    preprocess = Preprocess(mean, std, config.model["image_size"], config.data.normalization)
+    preprocess = preprocess.to(device)
     steps_per_epoch = len(data.train) // settings.batch_size
     total_steps = settings.epochs * steps_per_epoch
+    part_size = settings.batch_size // settings.accumulation_steps
     if steps_per_epoch == 0:
         raise InputError(
             f"train.batch_size {settings.batch_size} is more than the {len(data.train)} images "
@@ -55,14 +68,11 @@ def train(config: Config, run_dir: Path, saved: dict | None = None) -> None:
     train_split, val_split, test_split = (
         split.to(device) for split in (data.train, data.val, data.test)
     )
-    about = {"classes": data.classes, "mean": normalize.mean, "std": normalize.std}
+    about = {"classes": data.classes, "mean": mean, "std": std}
     if saved and about != {name: saved[name] for name in about}:
         raise InputError(f"data.root {config.data.root}: not the images that {run_dir} began with")
 
-    # Model, optimisers, and what else changes while they run.
-    torch.manual_seed(settings.seed)
-    model = ViT(**config.model).to(device)
-    parameters = list(model.parameters())
+    # Optimisers, and what else changes while they run.
     optimizers = make_optimizers(model, settings)
     average = None
     if settings.ema_decay:
@@ -113,7 +123,7 @@ def train(config: Config, run_dir: Path, saved: dict | None = None) -> None:
     def evaluate(split: Split, step: int) -> tuple[float, float]:
         try:
             with signals.raised():  # nothing changes during an evaluation: it can be cut short
-                logits = predict(evaluated, split, normalize, bfloat16)
+                logits = predict(evaluated, split, preprocess, bfloat16)
         except Interrupted:
             save(step)
             signals.stop_if_received()
@@ -133,23 +143,30 @@ def train(config: Config, run_dir: Path, saved: dict | None = None) -> None:
                 seed_generators(device, mix(settings.seed, epoch, step))
                 batch = train_split[order[step * settings.batch_size :][: settings.batch_size]]
                 images = augment(batch.images, settings.crop_padding, settings.horizontal_flip)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                    logits = model(normalize(images))  # (B, K)
-                    loss = F.cross_entropy(
-                        logits, batch.labels, label_smoothing=settings.label_smoothing
-                    )
                 model.zero_grad()
-                loss.backward()
+                loss = torch.zeros((), device=device)
+                for part in batches(Split(images, batch.labels), part_size):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                        logits = model(preprocess(part.images))  # (part_size, K)
+                        part_loss = F.cross_entropy(
+                            logits, part.labels, label_smoothing=settings.label_smoothing
+                        )
+                    part_loss = part_loss / settings.accumulation_steps
+                    part_loss.backward()
+                    loss += part_loss.detach()
 
                 done = (epoch - 1) * steps_per_epoch + step
                 set_learning_rates(optimizers, schedule(done, total_steps, settings))
-                finite = guard.check(loss, [p.grad for p in parameters], done)
+                gradient_norm = get_total_norm([p.grad for p in parameters])
+                finite = guard.check(loss, gradient_norm, done)
                 if device.type != "cuda":  # on CUDA the flag is read at the next save
                     stop_if_not_finite(guard, steps_per_epoch, optimizers, run_dir)
+                if settings.clip_norm:
+                    clip_grads_with_norm_(parameters, settings.clip_norm, gradient_norm)
                 step_if(finite, optimizers)
                 if average:
                     average.update_parameters(model)
-                loss_sum += loss.detach()
+                loss_sum += loss
 
                 overdue = time.monotonic() - saved_at > 60 * settings.checkpoint_minutes
                 if signals.received or overdue:

@@ -59,7 +59,8 @@ def mutations():
         section, name = key.split(".")
         yield f"{section}.{name}x", "1", "unknown"
         yield key, "null", "null"
-        yield key, "[1, 2]" if name != "root" else "{a: 1}", "wrong type"
+        is_text = key in ("data.root", "train.init_from")
+        yield key, "{a: 1}" if is_text else "[1, 2]", "wrong type"
         if isinstance(action.default, bool):
             yield key, "3", "wrong type"
         elif isinstance(action.default, int | float):
@@ -67,7 +68,7 @@ def mutations():
                 yield key, value, "number"
             if isinstance(action.default, int):
                 yield key, "1.5", "wrong type"
-        elif name != "root":
+        elif not is_text:
             yield key, "no_such_choice", "choice"
     for key, interval in RANGES.items():
         low, high = interval[1:-1].split(", ")
@@ -80,6 +81,8 @@ def mutations():
         "model.num_heads": "3",
         "model.drop_rate": "1.0",
         "model.embedding_dim": "10000000000000000000000",
+        "data.image_size": "33",
+        "train.accumulation_steps": "5",
         "train.optimizer": "muon",
         "train.muon_learning_rate": "0.1",
     }.items():

@@ -12,12 +12,22 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import CLASSES, write_image_folder
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from vit.config import DataConfig, InputError
-from vit.data import SHAPES, Normalization, batches, load_dataset, shapes, to_square_rgb
+from vit.data import (
+    IMAGENET,
+    SHAPES,
+    Preprocess,
+    batches,
+    load_dataset,
+    mean_and_std,
+    shapes,
+    to_square_rgb,
+)
 
 
 def load_folder(root, size=16, classes=3, **options):
@@ -196,8 +206,12 @@ def test_the_same_file_twice_through_a_link_is_refused(link, target, tmp_path):
 def test_num_classes_and_image_size_must_agree_with_the_data(image_folder):
     with pytest.raises(InputError, match=r"model\.num_classes 10, but the data has 3"):
         load_folder(image_folder, classes=10)
-    with pytest.raises(InputError, match=r"model\.image_size 16, but shapes has 32 px"):
+    with pytest.raises(InputError, match=r"model\.image_size 16, but shapes has 32 px images$"):
         load_dataset(DataConfig("shapes"), 16, 10)
+    with pytest.raises(InputError, match=r"model\.image_size 64, .*: data\.image_size 32 enlarges"):
+        load_dataset(DataConfig("shapes"), 64, 10)
+    with pytest.raises(InputError, match=r"data\.image_size 48, but shapes has 32 px"):
+        load_dataset(DataConfig("shapes", image_size=48), 64, 10)
     with pytest.raises(InputError, match=r"data\.val_fraction 0\.001 of 60"):
         load_folder(image_folder, val_fraction=0.001)
 
@@ -214,13 +228,40 @@ def test_normalisation_equals_numpys_mean_and_std():
     images[:, 1] //= 3
     x = images.numpy() / 255
     expected = (x - x.mean((0, 2, 3), keepdims=True)) / x.std((0, 2, 3), keepdims=True)
-    result = Normalization.of(images)(images).numpy()
+    result = Preprocess(*mean_and_std(images), 7)(images).numpy()
     np.testing.assert_allclose(result, expected, atol=2e-6)
+
+
+def test_imagenets_mean_and_std_are_those_of_torchvisions_own_preprocessing():
+    theirs = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.transforms()
+    assert (theirs.mean, theirs.std) == IMAGENET
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    result = Preprocess(*mean_and_std(images), 8, "imagenet")(images)
+    expected = torchvision.transforms.functional.normalize(images / 255, theirs.mean, theirs.std)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+
+
+def test_a_batch_is_enlarged_as_pillow_would():
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    enlarged = Preprocess([0.0] * 3, [1.0] * 3, 28)(images)
+    assert enlarged.shape == (2, 3, 28, 28)
+    for image, result in zip(images, enlarged, strict=True):
+        for channel, values in zip(image, result, strict=True):
+            exact = Image.fromarray(channel.float().numpy())  # in floating point
+            expected = np.asarray(exact.resize((28, 28), Image.Resampling.BILINEAR)) / 255
+            np.testing.assert_allclose(values.numpy(), expected, atol=1e-5)
+
+
+def test_images_are_kept_at_their_own_size(image_folder):
+    data = load_dataset(DataConfig("image_folder", str(image_folder), image_size=8), 224, 3)
+    assert data.train.images.shape[-1] == 8 and data.train.images.dtype == torch.uint8
+    data = load_dataset(DataConfig("shapes", image_size=32), 224, 10)
+    assert data.test.images.shape == (2000, 3, 32, 32) and data.test.images.dtype == torch.uint8
 
 
 def test_images_of_one_colour_are_normalised_to_finite_numbers():
     images = torch.full((4, 3, 8, 8), 17, dtype=torch.uint8)
-    assert Normalization.of(images)(images).abs().max() < 1e-3
+    assert Preprocess(*mean_and_std(images), 8)(images).abs().max() < 1e-3
 
 
 def test_shapes_are_a_pure_function_of_the_seed_with_balanced_classes():

@@ -134,13 +134,13 @@ def test_loss_accuracy_and_confusion_equal_numpy():
 
 
 def test_predict_is_without_dropout_and_counts_every_image_once():
-    from vit.data import Normalization, shapes
+    from vit.data import Preprocess, mean_and_std, shapes
 
     model = ViT(drop_rate=0.9).train()
     split = shapes(1010, seed=2)  # more than one batch, the last one smaller
-    normalize = Normalization.of(split.images)
-    logits = predict(model, split, normalize)
+    preprocess = Preprocess(*mean_and_std(split.images), 32)
+    logits = predict(model, split, preprocess)
     assert model.training and logits.shape == (1010, 10)
     model.eval()
-    one_by_one = torch.cat([model(normalize(split.images[i : i + 1])) for i in (0, 999, 1009)])
+    one_by_one = torch.cat([model(preprocess(split.images[i : i + 1])) for i in (0, 999, 1009)])
     torch.testing.assert_close(logits[[0, 999, 1009]], one_by_one, atol=1e-4, rtol=1e-4)

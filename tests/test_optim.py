@@ -28,7 +28,7 @@ def give_gradients(model, seed=1):
         p.grad = torch.randn(p.shape, generator=generator)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "muon"])
 def test_the_optimizers_hold_every_parameter_exactly_once(name):
     model = small_model()
     optimizers = make_optimizers(model, settings(name))
@@ -65,6 +65,19 @@ def test_one_step_equals_the_formula(name):
         expected = before * (1 - 0.01 * 0.5)
     # After one step the bias-corrected moments are g and g².
     expected = expected - 0.01 * gradient / (gradient.abs() + 1e-8)
+    torch.testing.assert_close(weight.detach().double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_sgd_equals_the_formula_with_momentum():
+    model = small_model()
+    weight = model.head.weight
+    expected, velocity = weight.detach().double().clone(), 0.0
+    (optimizer,) = make_optimizers(model, settings("sgd", learning_rate=0.1, weight_decay=0.5))
+    for seed in (1, 2, 3):
+        give_gradients(model, seed)
+        velocity = 0.9 * velocity + weight.grad.double() + 0.5 * expected
+        expected = expected - 0.1 * velocity
+        optimizer.step()
     torch.testing.assert_close(weight.detach().double(), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -106,7 +119,7 @@ def test_learning_rates_are_set_relative_to_each_optimizers_own():
         assert rates == pytest.approx([0.02 * factor, 1e-3 * factor])
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "muon"])
 def test_step_if_steps_where_finite_and_leaves_every_bit_where_not(name):
     model = small_model()
     twin = copy.deepcopy(model)
@@ -130,11 +143,10 @@ def test_step_if_steps_where_finite_and_leaves_every_bit_where_not(name):
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_the_guard_remembers_the_first_step_that_is_not_finite(bad, where):
     guard = FiniteGuard(torch.device("cpu"))
-    gradients = [torch.ones(3), torch.ones(2, 2)]
-    assert guard.check(torch.tensor(1.0), gradients, 4)
+    norm = torch.tensor(1.0)
+    assert guard.check(torch.tensor(1.0), norm, 4)
     assert guard.first_bad_step() is None
-    broken = [torch.ones(3), torch.tensor([[1, bad], [1, 1]])] if where == "gradient" else gradients
-    loss = torch.tensor(bad if where == "loss" else 1.0)
+    loss, broken = (torch.tensor(bad if where == name else 1.0) for name in ("loss", "gradient"))
     assert not guard.check(loss, broken, 5)
-    assert not guard.check(torch.tensor(1.0), gradients, 6)  # no update after it either
+    assert not guard.check(torch.tensor(1.0), norm, 6)  # no update after it either
     assert guard.first_bad_step() == 5

@@ -52,14 +52,14 @@ def test_a_run_writes_its_folder_and_prints_a_summary(run_train, tmp_path, image
     assert picture.shape[0] > 300 and picture[..., :3].std() > 0.05
 
     # The numbers of the last row and of the test are those of the weights in the checkpoint.
-    model, normalize, config, _ = checkpoint.load_model(run_dir / checkpoint.NAME)
+    model, preprocess, config, _ = checkpoint.load_model(run_dir / checkpoint.NAME)
     data = load_dataset(config.data, 16, 3)
     for split, accuracy, loss in (
         (data.val, float(rows[1]["val_accuracy"]), float(rows[1]["val_loss"])),
         (data.test, checkpoint.load(run_dir / checkpoint.NAME)["test"]["accuracy"], None),
     ):
         x = split.images.double() / 255
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (normalize.mean, normalize.std))
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preprocess.mean, preprocess.std))
         logits = model.eval()(((x - mean) / std).float())
         hits = (logits.argmax(1) == split.labels).double().mean().item()
         assert accuracy == pytest.approx(100 * hits)
@@ -86,9 +86,11 @@ def test_the_same_command_gives_the_same_bits_and_another_seed_others(run_train,
 EFFECTS = {
     "epochs": "3",
     "batch_size": "7",
+    "accumulation_steps": "4",
     "optimizer": "adam",
     "learning_rate": "2e-3",
     "weight_decay": "0.1",
+    "clip_norm": "1e-9",
     "schedule": "cosine",
     "warmup_fraction": "0.5",
     "label_smoothing": "0.1",
@@ -103,6 +105,52 @@ def test_every_key_of_the_recipe_changes_the_weights(key, run_train, tmp_path):
     run_train(run_dir="a")
     assert run_train(f"--train.{key}", EFFECTS[key], run_dir="b")[0] == 0
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_a_batch_in_parts_gives_the_weights_of_the_whole_batch(run_train, tmp_path, monkeypatch):
+    sizes, real = set(), train.ViT.forward
+
+    def forward(model, images):
+        sizes.add(len(images) if model.training else None)
+        return real(model, images)
+
+    monkeypatch.setattr(train.ViT, "forward", forward)
+    for parts in (1, 2, 8):
+        sizes.clear()
+        flags = ("--train.accumulation_steps", str(parts), "--model.drop_rate", "0")
+        assert run_train(*flags, run_dir=str(parts))[0] == 0
+        assert sizes == {8 // parts, None}
+        torch.testing.assert_close(
+            weights(tmp_path / str(parts)), weights(tmp_path / "1"), atol=1e-4, rtol=0
+        )
+        for row, whole in zip(
+            read_rows(tmp_path / str(parts)), read_rows(tmp_path / "1"), strict=True
+        ):
+            assert float(row["train_loss"]) == pytest.approx(float(whole["train_loss"]), rel=1e-4)
+
+
+def test_a_clipped_gradient_has_the_norm_of_the_limit_and_a_smaller_one_is_left(
+    run_train, tmp_path, monkeypatch
+):
+    real, saved = checkpoint.save, []
+
+    def spy(state, folder):
+        saved.append(copy.deepcopy(state["model"]))
+        real(state, folder)
+
+    monkeypatch.setattr(checkpoint, "save", spy)
+    one_step = ("--train.batch_size", "48", "--train.epochs", "1", "--model.drop_rate", "0")
+    sgd = ("--train.optimizer", "sgd", "--train.weight_decay", "0", "--train.learning_rate", "0.5")
+    steps = {}
+    for limit in ("0", "0.01", "1e6"):
+        saved.clear()
+        assert run_train(*one_step, *sgd, "--train.clip_norm", limit, run_dir=limit)[0] == 0
+        before, after = saved[0], saved[-1]
+        steps[limit] = torch.cat([(after[n] - before[n]).flatten() for n in before]) / 0.5
+    assert steps["0"].norm() > 0.1 and torch.equal(steps["0"], steps["1e6"])
+    assert steps["0.01"].norm().item() == pytest.approx(0.01, rel=1e-3)
+    direction = steps["0.01"] / steps["0.01"].norm()
+    torch.testing.assert_close(direction, steps["0"] / steps["0"].norm(), atol=1e-4, rtol=0)
 
 
 def test_muon_trains_and_its_learning_rate_matters(run_train, tmp_path):

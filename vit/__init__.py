@@ -1,5 +1,5 @@
 """A Vision Transformer to read beside the paper (arXiv 2010.11929)."""
 
-from vit.model import ViT
+from vit.model import PAPER, ViT
 
-__all__ = ["ViT"]
+__all__ = ["PAPER", "ViT"]

@@ -6,13 +6,13 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch.optim.swa_utils import AveragedModel
 
 from vit.config import Config, InputError
-from vit.data import Normalization
+from vit.data import Preprocess
 from vit.model import ViT
 
 FORMAT = "vit checkpoint 1"
@@ -77,6 +77,19 @@ def _keep(path: Path, previous: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_verified(path: Path) -> Any:
+    """Read a file of torch.save onto the CPU, after its checksums were compared.
+
+    Raises:
+        Exception: of almost any type, where the file is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:  # torch.load itself compares no checksums
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"the checksum of {damaged} does not agree")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load(path: Path) -> dict:
     """Read a checkpoint onto the CPU, after the checksum of every part of it has been verified.
 
@@ -85,11 +98,7 @@ def load(path: Path) -> dict:
     """
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load itself compares no checksums
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"the checksum of {damaged} does not agree")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_verified(path)
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError("it is of another program")
         if missing := PARTS - state.keys():
@@ -103,8 +112,8 @@ def load(path: Path) -> dict:
     return state
 
 
-def load_model(path: Path) -> tuple[ViT, Normalization, Config, list[str]]:
-    """Build the model of a checkpoint, its input normalisation, configuration and class names.
+def load_model(path: Path) -> tuple[ViT, Preprocess, Config, list[str]]:
+    """Build the model of a checkpoint, its preprocessing, configuration and class names.
 
     Where the run averaged its weights, these are the averaged ones.
 
@@ -121,7 +130,9 @@ def load_model(path: Path) -> tuple[ViT, Normalization, Config, list[str]]:
             model = average.module
         else:
             model.load_state_dict(state["model"])
-        return model, Normalization(state["mean"], state["std"]), config, state["classes"]
+        normalization = config.data.normalization
+        preprocess = Preprocess(state["mean"], state["std"], model.image_size, normalization)
+        return model, preprocess, config, state["classes"]
     except (KeyError, TypeError, RuntimeError, InputError) as error:
         fault = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: its parts do not fit each other: {fault}") from None

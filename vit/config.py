@@ -31,12 +31,18 @@ class DataConfig:
         name: cifar10 is downloaded by torchvision; image_folder reads root/train/CLASS/* and
             root/test/CLASS/*; shapes is generated.
         root: the folder of the data set; not used by shapes.
+        image_size: height and width at which images are kept, in pixels; a batch is enlarged to
+            model.image_size where that is more. 0 is model.image_size.
+        normalization: the mean and standard deviation of each channel: those of the training
+            images, or ImageNet's, with which torchvision's weights were trained.
         val_fraction: the part of the training images that is held out for validation, in (0, 1).
         split_seed: seed of the train/validation split; the run's own seed does not touch it.
     """
 
     name: Literal["cifar10", "image_folder", "shapes"] = "cifar10"
     root: str = "data"
+    image_size: int = 0
+    normalization: Literal["training_images", "imagenet"] = "training_images"
     val_fraction: float = 0.1
     split_seed: int = 0
 
@@ -48,10 +54,16 @@ class TrainConfig:
     Args:
         epochs: passes over the training images.
         batch_size: images in a step; an epoch's last images that do not fill a batch are dropped.
-        optimizer: muon is Muon for the matrices of the blocks and AdamW for the rest.
+        accumulation_steps: the number of parts of a batch, computed one after the other, so that
+            a batch needs less memory; divides batch_size.
+        init_from: the weights to start from: a name of torchvision's such as vit_b_16, or a file
+            of its weights. Empty for random ones.
+        optimizer: muon is Muon for the matrices of the blocks and AdamW for the rest; sgd has
+            momentum 0.9.
         learning_rate: the highest learning rate, of everything but Muon's matrices.
         muon_learning_rate: the highest learning rate of Muon's matrices; 0 without muon.
-        weight_decay: weight decay (Adam's is added to the gradient, the others' is decoupled).
+        weight_decay: weight decay, added to the gradient by adam and sgd, decoupled in the others.
+        clip_norm: a gradient whose norm over all parameters is more is scaled to it; 0 for none.
         schedule: the learning rate after the warm-up: constant, or half a cosine down to 0.
         warmup_fraction: the part of all steps in which the learning rate rises from 0, in [0, 1).
         label_smoothing: the part of the target that is spread over all classes, in [0, 1).
@@ -69,10 +81,13 @@ class TrainConfig:
 
     epochs: int = 50
     batch_size: int = 64
-    optimizer: Literal["adamw", "adam", "muon"] = "adamw"
+    accumulation_steps: int = 1
+    init_from: str = ""
+    optimizer: Literal["adamw", "adam", "muon", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     muon_learning_rate: float = 0.0
     weight_decay: float = 1e-4
+    clip_norm: float = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_fraction: float = 0.0
     label_smoothing: float = 0.0
@@ -89,13 +104,16 @@ class TrainConfig:
 
 # The ranges of the numbers; `ViT` checks its own arguments.
 RANGES = {
+    "data.image_size": "[0, inf)",
     "data.val_fraction": "(0, 1)",
     "data.split_seed": "[0, 4294967296)",
     "train.epochs": "[1, inf)",
     "train.batch_size": "[1, inf)",
+    "train.accumulation_steps": "[1, inf)",
     "train.learning_rate": "(0, inf)",
     "train.muon_learning_rate": "[0, inf)",
     "train.weight_decay": "[0, inf)",
+    "train.clip_norm": "[0, inf)",
     "train.warmup_fraction": "[0, 1)",
     "train.label_smoothing": "[0, 1)",
     "train.crop_padding": "[0, inf)",
@@ -152,7 +170,17 @@ class Config:
             raise InputError(f"{where(f'model.{name}')} {fault}") from None
         except (RuntimeError, TypeError):  # torch's own, for sizes beyond what it can count
             raise InputError(f"{where('model')}: a model of this size cannot be built") from None
-        train = config.train
+        stored, train = config.data.image_size, config.train
+        if stored > config.model["image_size"]:
+            raise InputError(
+                f"{where('data.image_size')} {stored} is more than model.image_size "
+                f"{config.model['image_size']}"
+            )
+        if train.batch_size % train.accumulation_steps:
+            raise InputError(
+                f"{where('train.accumulation_steps')} {train.accumulation_steps} does not divide "
+                f"train.batch_size {train.batch_size}"
+            )
         if (train.optimizer == "muon") != (train.muon_learning_rate > 0):
             raise InputError(
                 f"{where('train.muon_learning_rate')} {train.muon_learning_rate} contradicts "

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,6 +23,9 @@ from vit.config import DataConfig, InputError
 NO_DOWNLOAD = (
     "without a download: --data.name image_folder --data.root DIR, or --config configs/shapes.yaml"
 )
+
+
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and std, as torchvision gives them
 
 
 @dataclass(frozen=True)
@@ -41,33 +45,46 @@ class Split:
         return Split(self.images.to(device), self.labels.to(device))
 
 
-class Normalization(nn.Module):
-    """x ↦ (x / 255 - mean) / std for each channel, mean and std of the training images.
+class Preprocess(nn.Module):
+    """Enlarge a batch to the model's H pixels, then x ↦ (x / 255 - mean) / std for each channel.
 
-    Shapes: uint8 (B, 3, S, S) → float32 (B, 3, S, S).
+    Mean and standard deviation are those of the training images, or else ImageNet's.
+
+    Shapes: uint8 (B, 3, S, S) → float32 (B, 3, H, H).
     """
 
-    def __init__(self, mean: list[float], std: list[float]):
+    def __init__(
+        self,
+        mean: list[float],
+        std: list[float],
+        image_size: int,
+        normalization: str = "training_images",
+    ):
         super().__init__()
-        self.mean, self.std = mean, std
+        if normalization == "imagenet":
+            mean, std = IMAGENET
+        self.mean, self.std, self.image_size = mean, std, image_size
         mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", -mean / std)
 
-    @staticmethod
-    def of(images: Tensor) -> "Normalization":
-        """Measure uint8 images (N, 3, S, S), exactly: by counting their 256 values."""
-        counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
-        counts = torch.stack(counts).double()  # (3, 256)
-        share = counts / counts.sum(1, keepdim=True)
-        values = torch.arange(256, dtype=torch.float64) / 255
-        mean = share @ values
-        variance = (share * (values - mean[:, None]) ** 2).sum(1)
-        # Images of one colour only have no spread, and dividing by 0 would make every loss nan.
-        return Normalization(mean.tolist(), variance.sqrt().clamp(min=1e-3).tolist())
-
     def forward(self, images: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, images.float(), self.scale)
+        x = images.float()
+        if x.shape[-1] != self.image_size:
+            x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear")
+        return torch.addcmul(self.shift, x, self.scale)
+
+
+def mean_and_std(images: Tensor) -> tuple[list[float], list[float]]:
+    """Measure the channels of uint8 images (N, 3, S, S) exactly, by counting their 256 values."""
+    counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
+    counts = torch.stack(counts).double()  # (3, 256)
+    share = counts / counts.sum(1, keepdim=True)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = share @ values
+    variance = (share * (values - mean[:, None]) ** 2).sum(1)
+    # Images of one colour only have no spread, and dividing by 0 would make every loss nan.
+    return mean.tolist(), variance.sqrt().clamp(min=1e-3).tolist()
 
 
 @dataclass(frozen=True)
@@ -83,22 +100,29 @@ class Dataset:
 def load_dataset(config: DataConfig, image_size: int, num_classes: int) -> Dataset:
     """Load every split onto the CPU; `train` and `val` are the data set's training images, divided.
 
+    `image_size` and `num_classes` are the model's.
+
     Raises:
         InputError: naming the file, folder or key that cannot be used.
     """
+    stored_size = config.image_size or image_size
     if config.name == "cifar10":
         train, test, classes = _cifar10(Path(config.root))
     elif config.name == "image_folder":
-        train, test, classes = _image_folder(Path(config.root), image_size)
+        train, test, classes = _image_folder(Path(config.root), stored_size)
     else:
         train, test, classes = shapes(10_000, seed=0), shapes(2_000, seed=1), list(SHAPES)
     if num_classes != len(classes):
         raise InputError(
             f"model.num_classes {num_classes}, but the data has {len(classes)} classes"
         )
-    if image_size != train.images.shape[-1]:
-        size = train.images.shape[-1]
-        raise InputError(f"model.image_size {image_size}, but {config.name} has {size} px images")
+    size = train.images.shape[-1]
+    if stored_size != size:
+        key = "data" if config.image_size else "model"
+        advice = f": data.image_size {size} enlarges them" if image_size > size else ""
+        raise InputError(
+            f"{key}.image_size {stored_size}, but {config.name} has {size} px images{advice}"
+        )
     generator = torch.Generator().manual_seed(config.split_seed)
     order = torch.randperm(len(train), generator=generator)
     held_out = round(len(train) * config.val_fraction)

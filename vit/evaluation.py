@@ -7,14 +7,20 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit.config import InputError
-from vit.data import Split, batches
+from vit.data import Preprocess, Split, batches
+from vit.model import ViT
+
+
+def batch_size(model: ViT) -> int:
+    """Return how many images to evaluate at a time: about 16,000 tokens, to bound the memory."""
+    return max(1, 16_000 // model.positions.index.numel())
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: Split, normalize: nn.Module, bfloat16: bool = False) -> Tensor:
+def predict(model: ViT, split: Split, preprocess: Preprocess, bfloat16: bool = False) -> Tensor:
     """Return the logits of every image, in order, in float32 on the split's device.
 
     Shapes: images (N, 3, S, S) → (N, K).
@@ -23,7 +29,9 @@ def predict(model: nn.Module, split: Split, normalize: nn.Module, bfloat16: bool
     model.eval()
     device = split.images.device.type
     with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
-        logits = [model(normalize(batch.images)).float() for batch in batches(split, 1000)]
+        logits = [
+            model(preprocess(batch.images)).float() for batch in batches(split, batch_size(model))
+        ]
     model.train(was_training)
     return torch.cat(logits)
 

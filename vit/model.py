@@ -116,8 +116,8 @@ class EncoderBlock(nn.Module):
 class ViT(nn.Module):
     """Classify images: patches → tokens (Eq. 1) → L blocks (Eq. 2-3) → y → logits (Eq. 4).
 
-    The defaults are the 847,626-parameter model. The paper's own models take
-    pool="class_token", final_norm=True, mlp_dim=4·D and norm_eps=1e-6.
+    The defaults are the 847,626-parameter model; the paper's own are ViT(**PAPER["ViT-B/16"]) and
+    the other four of `PAPER`.
 
     Shapes: (B, 3, H, W), normalised → logits (B, K).
 
@@ -202,3 +202,27 @@ class ViT(nn.Module):
         z = self.norm(self.blocks(z))  # LN(z_L), (B, S, D)
         y = z.mean(dim=1) if self.class_token is None else z[:, 0]  # Eq. 4, (B, D)
         return self.head(self.dropout(y))  # (B, K)
+
+
+# Table 1 of the paper, at 224 px and with the 1000 classes of ImageNet. Dropout is not part of it.
+PAPER = {
+    f"ViT-{size}/{patch_size}": dict(
+        image_size=224,
+        patch_size=patch_size,
+        embedding_dim=embedding_dim,
+        num_blocks=num_blocks,
+        num_heads=num_heads,
+        mlp_dim=4 * embedding_dim,
+        num_classes=1000,
+        drop_rate=0.0,
+        norm_eps=1e-6,
+        pool="class_token",
+        final_norm=True,
+    )
+    for size, num_blocks, embedding_dim, num_heads, patch_sizes in (
+        ("B", 12, 768, 12, (16, 32)),
+        ("L", 24, 1024, 16, (16, 32)),
+        ("H", 32, 1280, 16, (14,)),
+    )
+    for patch_size in patch_sizes
+}

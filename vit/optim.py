@@ -4,8 +4,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
-from torch.optim import Adam, AdamW, Muon, Optimizer
+from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
 from vit.config import TrainConfig
 from vit.model import ViT
@@ -14,8 +13,8 @@ from vit.model import ViT
 def make_optimizers(model: ViT, config: TrainConfig) -> list[Optimizer]:
     """Return optimisers that together hold every parameter of the model exactly once.
 
-    "adam" and "adamw" are one optimiser; "muon" is Muon for the matrices of the blocks and AdamW
-    for everything else.
+    One for "adam", "adamw" and "sgd"; "muon" is Muon for the matrices of the blocks and AdamW for
+    everything else.
     """
     rest = list(model.parameters())
     options = dict(lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
@@ -23,6 +22,8 @@ def make_optimizers(model: ViT, config: TrainConfig) -> list[Optimizer]:
         return [Adam(rest, **options)]
     if config.optimizer == "adamw":
         return [AdamW(rest, **options)]
+    if config.optimizer == "sgd":
+        return [SGD(rest, momentum=0.9, **options)]
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     rest = [p for p in rest if all(p is not matrix for matrix in matrices)]
     muon = dict(lr=config.muon_learning_rate, weight_decay=config.weight_decay, momentum=0.95)
@@ -70,9 +71,9 @@ class FiniteGuard:
     def __init__(self, device: torch.device):
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
-    def check(self, loss: Tensor, gradients: list[Tensor], step: int) -> Tensor:
+    def check(self, loss: Tensor, gradient_norm: Tensor, step: int) -> Tensor:
         """Return a bool tensor: whether this step and every one before it were finite."""
-        finite = torch.isfinite(loss) & torch.isfinite(get_total_norm(gradients))
+        finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
         self._first_bad = torch.where(finite | (self._first_bad >= 0), self._first_bad, step)
         return self._first_bad < 0
 

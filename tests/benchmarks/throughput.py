@@ -26,13 +26,13 @@ from torchvision import transforms
 
 import train
 from vit import ViT
-from vit.data import Normalization, shapes
+from vit.data import mean_and_std, shapes
 
 
 class TutorialImages(torch.utils.data.Dataset):
     """What torchvision's CIFAR10 does for one image: an array in memory → PIL → transforms."""
 
-    def __init__(self, split, normalize):
+    def __init__(self, split):
         self.arrays = split.images.permute(0, 2, 3, 1).contiguous().numpy()
         self.labels = split.labels.tolist()
         self.transform = transforms.Compose(
@@ -40,7 +40,7 @@ class TutorialImages(torch.utils.data.Dataset):
                 transforms.RandomHorizontalFlip(),
                 transforms.RandomCrop(32, padding=4),
                 transforms.ToTensor(),
-                transforms.Normalize(normalize.mean, normalize.std),
+                transforms.Normalize(*mean_and_std(split.images)),
             ]
         )
 
@@ -83,9 +83,8 @@ def tutorial_loop(batch_size: int) -> float:
     """Train for one epoch of whole batches, the first 10 uncounted; return images/s."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     split = shapes(9_000, seed=0)  # as many as ours trains on; what they show has no effect
-    normalize = Normalization.of(split.images)
     loader = torch.utils.data.DataLoader(
-        TutorialImages(split, normalize), batch_size, True, num_workers=2, drop_last=True
+        TutorialImages(split), batch_size, True, num_workers=2, drop_last=True
     )
     model = tutorial_model().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)

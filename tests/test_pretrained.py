@@ -1,0 +1,308 @@
+"""The paper's models: their size, torchvision's weights in them, and other resolutions."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import write_tiny_config
+from PIL import Image
+from torchvision.models.vision_transformer import VisionTransformer
+
+import train
+from vit import PAPER, ViT, checkpoint
+from vit.config import InputError
+from vit.pretrained import from_torchvision, load_pretrained, resize_positions
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    {
+        "ViT-B/16": 86_567_656,
+        "ViT-B/32": 88_224_232,
+        "ViT-L/16": 304_326_632,
+        "ViT-L/32": 306_535_400,
+        "ViT-H/14": 632_045_800,
+    }.items(),
+)
+def test_the_papers_models_have_torchvisions_number_of_parameters(name, count):
+    theirs = getattr(torchvision.models, "vit_" + name[4:].lower().replace("/", "_"))
+    with torch.device("meta"):
+        assert sum(p.numel() for p in ViT(**PAPER[name]).parameters()) == count
+        assert sum(p.numel() for p in theirs().parameters()) == count
+
+
+def random_torchvision(**arguments) -> VisionTransformer:
+    """Return a torchvision model of which no parameter is left at its first zeros and ones."""
+    torch.manual_seed(0)
+    arguments.setdefault("num_classes", 1000)
+    with torch.device("meta"):
+        model = VisionTransformer(**arguments)
+    model = model.to_empty(device="cpu").eval()
+    for name, parameter in model.named_parameters():
+        scale = 1 / parameter[0].numel() ** 0.5 if parameter.ndim in (2, 4) else 0.2
+        torch.nn.init.normal_(parameter, std=scale)
+        if "ln" in name and name.endswith("weight"):
+            parameter.data += 1
+    return model
+
+
+SMALL = dict(
+    image_size=24, patch_size=4, num_layers=3, num_heads=3, hidden_dim=36, mlp_dim=50, num_classes=7
+)
+OURS_SMALL = dict(
+    image_size=24,
+    patch_size=4,
+    embedding_dim=36,
+    num_blocks=3,
+    num_heads=3,
+    mlp_dim=50,
+    num_classes=7,
+    norm_eps=1e-6,
+    pool="class_token",
+    final_norm=True,
+)
+
+
+def sizes(name: str, depth: int) -> dict[str, int]:
+    """Return the sizes of torchvision's vit_*, at another depth, read off its own model."""
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)()
+    heads = model.encoder.layers[0].self_attention.num_heads
+    names = ("image_size", "patch_size", "hidden_dim", "mlp_dim")
+    return {n: getattr(model, n) for n in names} | dict(num_heads=heads, num_layers=depth)
+
+
+@pytest.mark.parametrize(
+    "theirs, ours",
+    {
+        "B/16": (lambda: sizes("vit_b_16", 12), PAPER["ViT-B/16"]),
+        "B/32": (lambda: sizes("vit_b_32", 2), PAPER["ViT-B/32"] | {"num_blocks": 2}),
+        "L/16": (lambda: sizes("vit_l_16", 2), PAPER["ViT-L/16"] | {"num_blocks": 2}),
+        "small": (lambda: SMALL, OURS_SMALL),
+    }.values(),
+    ids=["B/16", "B/32", "L/16", "small"],
+)
+def test_logits_equal_torchvisions_to_the_last_decimal(theirs, ours):
+    theirs = random_torchvision(**theirs())
+    model = ViT(**ours).eval()
+    load_into(model, theirs)
+    images = torch.randn(1, 3, theirs.image_size, theirs.image_size)
+    with torch.no_grad():
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+            expected = theirs.to(dtype)(images.to(dtype))
+            result = model.to(dtype)(images.to(dtype))
+            assert 0.3 < expected.std() < 30  # logits of the size that trained models have
+            assert (result - expected).abs().max() < tolerance
+
+
+def load_into(model: ViT, theirs: VisionTransformer) -> None:
+    source = theirs.state_dict()
+    mapped = from_torchvision(source)
+    assert len(mapped) == len(source) and mapped.keys() == model.state_dict().keys()
+    assert sum(t.numel() for t in mapped.values()) == sum(t.numel() for t in source.values())
+    model.load_state_dict(mapped)
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory):
+    """A file of random weights of a small torchvision model."""
+    path = tmp_path_factory.mktemp("weights") / "small.pth"
+    torch.save(random_torchvision(**SMALL).state_dict(), path)
+    return path
+
+
+def test_a_file_gives_the_same_logits_also_with_the_names_of_old_versions(weights_file, tmp_path):
+    weights = torch.load(weights_file)
+    old = {
+        name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): tensor
+        for name, tensor in weights.items()
+    }
+    assert old.keys() != weights.keys()
+    torch.save(old, tmp_path / "old.pth")
+    theirs = random_torchvision(**SMALL)
+    images = torch.randn(2, 3, 24, 24)
+    for path in (weights_file, tmp_path / "old.pth"):
+        model = ViT(**OURS_SMALL).eval()
+        load_pretrained(model, str(path))
+        torch.testing.assert_close(model(images), theirs(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("class_tokens", [0, 1])
+def test_resizing_to_the_same_grid_is_the_identity(class_tokens):
+    positions = torch.randn(class_tokens + 49, 5)
+    assert torch.equal(resize_positions(positions, class_tokens + 49, class_tokens), positions)
+
+
+@pytest.mark.parametrize("new", [3, 10, 24])
+def test_a_ramp_along_the_rows_stays_one(new):
+    ramp = torch.arange(7.0)[:, None].expand(7, 7).reshape(49, 1)  # the row of each patch
+    down = resize_positions(ramp, new * new, 0).view(new, new)
+    across = resize_positions(6 - ramp.view(7, 7).T.reshape(49, 1), new * new, 0).view(new, new)
+    for rows in (down, -across.T):
+        assert (rows[:, :1] - rows).abs().max() < 1e-5  # one value in each row
+        assert (rows.diff(dim=0) > 0).all()
+
+
+def test_the_class_tokens_row_is_untouched_and_touches_no_other():
+    positions = torch.randn(1 + 49, 5)
+    resized = resize_positions(positions, 1 + 144, 1)
+    assert torch.equal(resized[0], positions[0])
+    positions[0] = 1e6
+    assert torch.equal(resize_positions(positions, 1 + 144, 1)[1:], resized[1:])
+
+
+@pytest.mark.parametrize("new", [4, 7, 12, 24])
+def test_resizing_equals_pillows_bicubic(new):
+    positions = torch.randn(1 + 49, 6)
+    resized = resize_positions(positions, 1 + new * new, 1)[1:].view(new, new, 6)
+    for channel in range(6):
+        grid = Image.fromarray(positions[1:, channel].view(7, 7).numpy())
+        expected = np.asarray(grid.resize((new, new), Image.Resampling.BICUBIC))
+        np.testing.assert_allclose(resized[..., channel].numpy(), expected, atol=1e-5)
+
+
+def test_another_resolution_and_number_of_classes(weights_file, capsys):
+    weights = from_torchvision(torch.load(weights_file))
+    model = ViT(**OURS_SMALL | {"image_size": 40, "num_classes": 3})
+    load_pretrained(model, str(weights_file))
+    state = model.state_dict()
+    assert not state["head.weight"].any() and not state["head.bias"].any()
+    positions = state["positions.embedding.weight"]
+    assert positions.shape == (101, 36) and torch.equal(
+        positions, resize_positions(weights["positions.embedding.weight"], 101, 1)
+    )
+    for name in state.keys() - {"head.weight", "head.bias", "positions.embedding.weight"}:
+        assert torch.equal(state[name], weights[name])
+    said = capsys.readouterr().err
+    assert "36 patches to 100" in said and "head of 7 classes" in said
+
+
+def test_the_head_stays_where_the_number_of_classes_does(weights_file):
+    model = ViT(**OURS_SMALL)
+    load_pretrained(model, str(weights_file))
+    assert torch.equal(model.head.weight, torch.load(weights_file)["heads.head.weight"])
+
+
+def spoiled(weights, how):
+    weights = dict(weights)
+    if how == "missing":
+        del weights["encoder.ln.bias"]
+    elif how == "unknown":
+        weights["heads.pre_logits.weight"] = torch.zeros(3, 3)
+    elif how == "twice":
+        weights["encoder.layers.encoder_layer_1.mlp.linear_1.bias"] = torch.zeros(50)
+    elif how == "shape":
+        weights["encoder.layers.encoder_layer_0.mlp.0.weight"] = torch.zeros(40, 36)
+    elif how == "positions":
+        weights["encoder.pos_embedding"] = torch.zeros(1, 1 + 35, 36)
+    elif how == "flat":
+        weights["conv_proj.weight"] = torch.zeros(())
+    elif how == "not tensors":
+        weights["conv_proj.bias"] = 3
+    return weights
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    {
+        "missing": "norm.bias is missing",
+        "unknown": "heads.pre_logits.weight is not in the model",
+        "twice": "encoder.layers.encoder_layer_1.mlp.linear_1.bias is not in the model",
+        "shape": "blocks.0.mlp.0.weight has shape (40, 36), the model's (50, 36)",
+        "positions": "positions.embedding.weight has shape (36, 36), the model's (37, 36)",
+        "flat": "projection.weight has shape",
+        "not tensors": "not the weights of a model",
+    }.items(),
+)
+def test_weights_that_do_not_fit_are_refused_by_key(how, message, weights_file, tmp_path):
+    path = tmp_path / "spoiled.pth"
+    torch.save(spoiled(torch.load(weights_file), how), path)
+    model = ViT(**OURS_SMALL)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        load_pretrained(model, str(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
+
+
+def test_only_a_few_of_many_differing_keys_are_named(weights_file):
+    with pytest.raises(InputError, match=r", and 39 more$") as error:
+        load_pretrained(ViT(), str(weights_file))
+    assert len(str(error.value)) < 1000
+
+
+def test_a_name_is_torchvisions_default_weights(monkeypatch):
+    theirs, asked = random_torchvision(**SMALL), []
+
+    def get_state_dict(weights, **options):
+        asked.append((weights.name, options))
+        return theirs.state_dict()
+
+    enum = torchvision.models.ViT_B_16_Weights
+    monkeypatch.setattr(enum, "get_state_dict", get_state_dict)
+    for name in ("vit_b_16", "ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1"):
+        model = ViT(**OURS_SMALL)
+        load_pretrained(model, name)
+        assert torch.equal(model.head.weight, theirs.heads.head.weight)
+    names = [enum.DEFAULT.name, "IMAGENET1K_SWAG_LINEAR_V1"]
+    assert asked == [(name, {"check_hash": True}) for name in names]
+
+
+def finetune(weights, tmp_path, image_folder, *flags):
+    config = write_tiny_config(tmp_path, image_folder, optimizer="sgd", clip_norm=1)
+    model = OURS_SMALL | {"num_classes": 3, "image_size": 40}
+    argv = [f"--model.{name}={value}" for name, value in model.items()]
+    argv += ["--data.image_size", "16", "--data.normalization", "imagenet"]
+    argv += ["--train.init_from", str(weights), "--run_dir", str(tmp_path / "run"), *flags]
+    return train.main(["--config", str(config), *argv])
+
+
+def test_train_starts_from_the_weights_and_resumes_without_the_file(
+    weights_file, tmp_path, image_folder, monkeypatch
+):
+    import evaluate
+
+    moved = tmp_path / "moved.pth"
+    moved.write_bytes(weights_file.read_bytes())
+    first, real = [], checkpoint.save
+
+    def save(state, folder):
+        first.append({name: tensor.clone() for name, tensor in state["model"].items()})
+        real(state, folder)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert finetune(moved, tmp_path, image_folder) == 0
+    expected = ViT(**OURS_SMALL | {"num_classes": 3, "image_size": 40})
+    load_pretrained(expected, str(weights_file))
+    assert all(torch.equal(first[0][n], t) for n, t in expected.state_dict().items())
+    moved.unlink()
+    path = tmp_path / "run" / checkpoint.NAME
+    assert train.main(["--resume", str(path.parent)]) == 0
+    model, preprocess, config, _ = checkpoint.load_model(path)
+    assert model.image_size == preprocess.image_size == 40 and config.data.image_size == 16
+    assert preprocess.mean[0] == 0.485
+    assert evaluate.main(["--checkpoint", str(path), "--json"]) == 0
+
+
+@pytest.mark.parametrize("broken", ["missing", "truncated", "flipped", "foreign", "other model"])
+def test_train_refuses_weights_in_one_line_before_any_training(
+    broken, weights_file, tmp_path, image_folder, capsys
+):
+    path, content, flags = tmp_path / "weights.pth", bytearray(weights_file.read_bytes()), ()
+    if broken == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif broken == "flipped":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif broken == "foreign":
+        path.write_text("not weights")
+    elif broken == "other model":
+        path, flags = weights_file, ("--model.mlp_dim", "49")
+    assert finetune(path, tmp_path, image_folder, *flags) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "device" not in line]
+    assert len(said) == 1 and f"train.init_from {path}: " in said[0]
+    assert broken != "missing" or "no such file" in said[0]
+    assert broken != "other model" or "mlp.0.weight has shape (50, 36)" in said[0]
+    assert not (tmp_path / "run").exists()

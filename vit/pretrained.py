@@ -1,0 +1,120 @@
+"""torchvision's Vision Transformers in this model, also at another resolution (Section 3.2)."""
+
+import math
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vit.checkpoint import read_verified
+from vit.config import InputError
+from vit.model import ViT
+
+# torchvision's names, as patterns, and ours; linear_1 and linear_2 are from before version 0.13.
+NAMES = {
+    r"^conv_proj\.": "projection.",
+    r"^encoder\.pos_embedding$": "positions.embedding.weight",
+    r"^encoder\.layers\.encoder_layer_(\d+)\.": r"blocks.\1.",
+    r"^(blocks\.\d+)\.ln_([12])\.": r"\1.norm\2.",
+    r"^(blocks\.\d+)\.self_attention\.": r"\1.attention.",
+    r"^(blocks\.\d+)\.mlp\.linear_1\.": r"\1.mlp.0.",
+    r"^(blocks\.\d+)\.mlp\.linear_2\.": r"\1.mlp.3.",
+    r"^encoder\.ln\.": "norm.",
+    r"^heads\.head\.": "head.",
+}
+
+
+def from_torchvision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a torchvision VisionTransformer with our names and shapes.
+
+    A name that is not known, or that would be given twice, is left as it is.
+    """
+    ours: dict[str, Tensor] = {}
+    for theirs, tensor in weights.items():
+        name = theirs
+        for pattern, replacement in NAMES.items():
+            name = re.sub(pattern, replacement, name)
+        if name == "class_token":
+            tensor = tensor.flatten()  # (1, 1, D) → (D,)
+        elif name == "positions.embedding.weight":
+            tensor = tensor.squeeze(0)  # (1, S, D) → (S, D)
+        elif name == "projection.weight" and tensor.ndim == 4:
+            tensor = tensor.flatten(1)  # a convolution's (D, 3, P, P) → (D, 3·P²)
+        ours[theirs if name in ours else name] = tensor
+    return ours
+
+
+def resize_positions(positions: Tensor, num_tokens: int, class_tokens: int) -> Tensor:
+    """Interpolate position embeddings in two dimensions, as in Section 3.2, bicubically.
+
+    The first `class_tokens` rows, 0 or 1, belong to no place in the image and stay as they are.
+
+    Shapes: (S, D) → (num_tokens, D).
+    """
+    special, grid = positions[:class_tokens], positions[class_tokens:]
+    old, new = math.isqrt(len(grid)), math.isqrt(num_tokens - class_tokens)
+    grid = grid.unflatten(0, (old, old)).permute(2, 0, 1)  # (D, rows, columns)
+    grid = F.interpolate(grid[None], (new, new), mode="bicubic", antialias=True)[0]
+    return torch.cat([special, grid.flatten(1).T])
+
+
+def load_pretrained(model: ViT, source: str) -> None:
+    """Put torchvision's weights into a model, from one of its names or from a file.
+
+    Position embeddings of another resolution are resized; a head of another number of classes is
+    replaced by zeros (Section 3.2).
+
+    Raises:
+        InputError: naming the source, and the keys that differ from the model's.
+    """
+    weights, own, done = from_torchvision(_read(source)), model.state_dict(), []
+    positions, head = weights.get("positions.embedding.weight"), weights.get("head.weight")
+    rows = len(own["positions.embedding.weight"])
+    class_tokens = rows - (model.image_size // model.patches.patch_size) ** 2
+    if positions is not None and positions.ndim == 2 and len(positions) != rows:
+        grid = len(positions) - class_tokens
+        if grid > 0 and math.isqrt(grid) ** 2 == grid:
+            weights["positions.embedding.weight"] = resize_positions(positions, rows, class_tokens)
+            done.append(f"positions resized from {grid} patches to {rows - class_tokens}")
+    if head is not None and head.ndim == 2 and len(head) != len(own["head.weight"]):
+        weights["head.weight"] = torch.zeros(len(own["head.weight"]), head.shape[1])
+        weights["head.bias"] = torch.zeros_like(own["head.bias"])
+        done.append(f"head of {len(head)} classes replaced by zeros for {len(own['head.weight'])}")
+    differing = [f"{name} is missing" for name in own if name not in weights]
+    differing += [f"{name} is not in the model" for name in weights if name not in own]
+    differing += [
+        f"{name} has shape {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if differing:
+        more = f", and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise InputError(f"train.init_from {source}: {', '.join(differing[:4])}{more}")
+    model.load_state_dict(weights)
+    print(", ".join([f"weights of {source}", *done]), file=sys.stderr, flush=True)
+
+
+def _read(source: str) -> dict[str, Tensor]:
+    from torchvision.models import get_model_weights, get_weight, list_models  # slow to import
+
+    try:
+        if Path(source).is_file():
+            weights = read_verified(Path(source))
+        elif source in list_models(include="vit_*"):
+            weights = get_model_weights(source).DEFAULT.get_state_dict(check_hash=True)
+        elif re.fullmatch(r"ViT_\w+_Weights\.\w+", source):
+            weights = get_weight(source).get_state_dict(check_hash=True)
+        else:
+            names = ", ".join(list_models(include="vit_*"))
+            raise ValueError(f"no such file, and none of torchvision's {names}")
+        if not isinstance(weights, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
+        ):
+            raise ValueError("its content is not the weights of a model")
+    except Exception as error:  # no network, or a damaged file, which raises almost anything
+        fault = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"train.init_from {source}: {fault}") from None
+    return weights
