@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vit import PAPER
 from vit.config import RANGES, InputError, _is_inside, _section_parser, read_config, train_flags
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -33,6 +34,17 @@ def test_the_seed_recipes_are_as_published(name):
     assert (train.schedule, train.warmup_fraction, train.label_smoothing) == ("constant", 0, 0)
     assert (train.crop_padding, train.horizontal_flip, train.ema_decay) == (4, True, 0)
     assert config.model["drop_rate"] == 0.1 and config.data.name == "cifar10"
+
+
+def test_the_fine_tuning_recipe_is_the_papers():
+    config, _ = read("--config", "configs/vit_b16_finetune.yaml")
+    train = config.train
+    assert config.model == PAPER["ViT-B/16"] | {"num_classes": 10}
+    assert (train.optimizer, train.batch_size, train.clip_norm) == ("sgd", 512, 1)
+    assert (train.schedule, train.weight_decay, train.ema_decay) == ("cosine", 0, 0)
+    assert train.learning_rate in (0.001, 0.003, 0.01, 0.03)  # the grid of Appendix B.1.1
+    assert train.epochs * (45_000 // 512) == pytest.approx(10_000, rel=0.01)
+    assert (config.data.image_size, config.data.normalization) == (32, "imagenet")
 
 
 def test_flags_override_the_file_and_the_file_overrides_the_defaults(tmp_path):

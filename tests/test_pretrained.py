@@ -201,6 +201,8 @@ def spoiled(weights, how):
         weights["conv_proj.weight"] = torch.zeros(())
     elif how == "not tensors":
         weights["conv_proj.bias"] = 3
+    elif how == "not names":
+        return {1: torch.zeros(3)}
     return weights
 
 
@@ -213,7 +215,8 @@ def spoiled(weights, how):
         "shape": "blocks.0.mlp.0.weight has shape (40, 36), the model's (50, 36)",
         "positions": "positions.embedding.weight has shape (36, 36), the model's (37, 36)",
         "flat": "projection.weight has shape",
-        "not tensors": "not the weights of a model",
+        "not names": "not weights that can be used",
+        "not tensors": "not weights that can be used",
     }.items(),
 )
 def test_weights_that_do_not_fit_are_refused_by_key(how, message, weights_file, tmp_path):
@@ -248,6 +251,23 @@ def test_a_name_is_torchvisions_default_weights(monkeypatch):
         assert torch.equal(model.head.weight, theirs.heads.head.weight)
     names = [enum.DEFAULT.name, "IMAGENET1K_SWAG_LINEAR_V1"]
     assert asked == [(name, {"check_hash": True}) for name in names]
+
+
+def test_a_download_that_fails_names_the_address(monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "no/such/folder")
+    monkeypatch.setattr(torch.hub.os, "makedirs", lambda *_, **__: None)
+    with pytest.raises(InputError, match=r"https://\S+vit_l_32\S+pth could not be .*: no network$"):
+        load_pretrained(ViT(), "vit_l_32")
+
+
+@pytest.mark.parametrize("name", ["vit_b16", "ViT_B_16_Weights.NO", "X_Weights.Y", "configs", ""])
+def test_an_unknown_name_is_answered_with_the_known_ones(name):
+    with pytest.raises(InputError, match="no such file, and none of torchvision's vit_b_16, "):
+        load_pretrained(ViT(), name)
 
 
 def finetune(weights, tmp_path, image_folder, *flags):

@@ -100,21 +100,23 @@ def load_pretrained(model: ViT, source: str) -> None:
 def _read(source: str) -> dict[str, Tensor]:
     from torchvision.models import get_model_weights, get_weight, list_models  # slow to import
 
-    try:
-        if Path(source).is_file():
+    where = f"train.init_from {source}"
+    if Path(source).is_file():
+        try:
             weights = read_verified(Path(source))
-        elif source in list_models(include="vit_*"):
-            weights = get_model_weights(source).DEFAULT.get_state_dict(check_hash=True)
-        elif re.fullmatch(r"ViT_\w+_Weights\.\w+", source):
-            weights = get_weight(source).get_state_dict(check_hash=True)
-        else:
-            names = ", ".join(list_models(include="vit_*"))
-            raise ValueError(f"no such file, and none of torchvision's {names}")
-        if not isinstance(weights, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
-        ):
-            raise ValueError("its content is not the weights of a model")
-    except Exception as error:  # no network, or a damaged file, which raises almost anything
-        fault = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"train.init_from {source}: {fault}") from None
-    return weights
+            if not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in weights.items()):
+                raise ValueError("it holds something else than named tensors")
+        except Exception as error:  # a damaged or foreign file raises almost anything
+            fault = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"{where}: not weights that can be used: {fault}") from None
+        return weights
+    names = list_models(include="vit_*")
+    try:
+        entry = get_model_weights(source).DEFAULT if source in names else get_weight(source)
+    except (ValueError, KeyError):
+        names = ", ".join(names)
+        raise InputError(f"{where}: no such file, and none of torchvision's {names}") from None
+    try:
+        return entry.get_state_dict(check_hash=True)
+    except (OSError, RuntimeError) as error:  # no network, no disk, a damaged download
+        raise InputError(f"{where}: {entry.url} could not be downloaded: {error}") from None
