@@ -286,6 +286,13 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        print(
+            "train.py: the device is out of memory: start anew, in another --run_dir, with more "
+            "train.accumulation_steps or a smaller train.batch_size",
+            file=sys.stderr,
+        )
+        return 1
     except Stopped as stopped:
         print(f"train.py: {stopped}", file=sys.stderr)
         return stopped.code

@@ -259,6 +259,12 @@ def test_images_are_kept_at_their_own_size(image_folder):
     assert data.test.images.shape == (2000, 3, 32, 32) and data.test.images.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 3, 8, 12)])
+def test_images_that_are_larger_or_not_square_are_not_squeezed(shape):
+    images = torch.zeros(shape, dtype=torch.uint8)
+    assert Preprocess([0.5] * 3, [0.2] * 3, 16)(images).shape == shape
+
+
 def test_images_of_one_colour_are_normalised_to_finite_numbers():
     images = torch.full((4, 3, 8, 8), 17, dtype=torch.uint8)
     assert Preprocess(*mean_and_std(images), 8)(images).abs().max() < 1e-3

@@ -11,8 +11,8 @@ from conftest import CLASSES, write_image_folder, write_tiny_config
 
 import evaluate
 import train
-from vit import ViT, checkpoint
-from vit.evaluation import confusion_matrix, loss_and_accuracy, predict
+from vit import PAPER, ViT, checkpoint
+from vit.evaluation import batch_size, confusion_matrix, loss_and_accuracy, predict
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,13 @@ def test_loss_accuracy_and_confusion_equal_numpy():
     for true, predicted in zip(y, x.argmax(1), strict=True):
         matrix[true, predicted] += 1
     assert np.array_equal(confusion_matrix(logits, labels).numpy(), matrix)
+
+
+def test_images_are_evaluated_in_batches_of_a_bounded_number_of_tokens():
+    assert batch_size(ViT()) == 1000
+    with torch.device("meta"):
+        assert batch_size(ViT(**PAPER["ViT-B/16"])) * 197 <= 16_000
+        assert batch_size(ViT(image_size=2048)) == 1
 
 
 def test_predict_is_without_dropout_and_counts_every_image_once():

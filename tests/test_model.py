@@ -161,6 +161,10 @@ def test_dropout_drops_its_share_independently_and_keeps_the_mean(p):
     assert torch.equal(gradient == 0, y == 0)
 
 
+def test_dropout_of_nearly_everything_is_finite():
+    assert Dropout(1 - 1e-9)(torch.ones(100)).isfinite().all()
+
+
 def test_dropout_is_off_in_eval_mode_and_on_in_training():
     model = ViT(drop_rate=0.5)
     images = torch.randn(4, 3, 32, 32)

@@ -1,5 +1,8 @@
 """The paper's models: their size, torchvision's weights in them, and other resolutions."""
 
+import functools
+import json
+import pickle
 import re
 
 import numpy as np
@@ -10,7 +13,9 @@ from conftest import write_tiny_config
 from PIL import Image
 from torchvision.models.vision_transformer import VisionTransformer
 
+import evaluate
 import train
+import vit.pretrained
 from vit import PAPER, ViT, checkpoint
 from vit.config import InputError
 from vit.pretrained import from_torchvision, load_pretrained, resize_positions
@@ -193,6 +198,8 @@ def spoiled(weights, how):
         weights["heads.pre_logits.weight"] = torch.zeros(3, 3)
     elif how == "twice":
         weights["encoder.layers.encoder_layer_1.mlp.linear_1.bias"] = torch.zeros(50)
+    elif how == "headless":
+        del weights["heads.head.bias"]
     elif how == "shape":
         weights["encoder.layers.encoder_layer_0.mlp.0.weight"] = torch.zeros(40, 36)
     elif how == "positions":
@@ -210,13 +217,14 @@ def spoiled(weights, how):
     "how, message",
     {
         "missing": "norm.bias is missing",
+        "headless": "head.bias is missing",
         "unknown": "heads.pre_logits.weight is not in the model",
         "twice": "encoder.layers.encoder_layer_1.mlp.linear_1.bias is not in the model",
         "shape": "blocks.0.mlp.0.weight has shape (40, 36), the model's (50, 36)",
         "positions": "positions.embedding.weight has shape (36, 36), the model's (37, 36)",
         "flat": "projection.weight has shape",
-        "not names": "not weights that can be used",
-        "not tensors": "not weights that can be used",
+        "not names": "something else than named tensors",
+        "not tensors": "something else than named tensors",
     }.items(),
 )
 def test_weights_that_do_not_fit_are_refused_by_key(how, message, weights_file, tmp_path):
@@ -236,32 +244,69 @@ def test_only_a_few_of_many_differing_keys_are_named(weights_file):
     assert len(str(error.value)) < 1000
 
 
-def test_a_name_is_torchvisions_default_weights(monkeypatch):
-    theirs, asked = random_torchvision(**SMALL), []
+@pytest.fixture
+def torch_home(monkeypatch, tmp_path):
+    """An empty folder of torch's own downloads; what is downloaded there is what a test sets."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "home"))
+    return tmp_path / "home"
 
-    def get_state_dict(weights, **options):
-        asked.append((weights.name, options))
-        return theirs.state_dict()
 
-    enum = torchvision.models.ViT_B_16_Weights
-    monkeypatch.setattr(enum, "get_state_dict", get_state_dict)
-    for name in ("vit_b_16", "ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1"):
+def test_a_name_is_torchvisions_default_weights_downloaded_once(
+    torch_home, weights_file, monkeypatch
+):
+    asked = []
+
+    def download(url, path, digest):
+        asked.append((url, digest))
+        torch.save(torch.load(weights_file), path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    linear = torchvision.models.ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1
+    for name in ("vit_b_16", "vit_b_16", "ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1"):
         model = ViT(**OURS_SMALL)
         load_pretrained(model, name)
-        assert torch.equal(model.head.weight, theirs.heads.head.weight)
-    names = [enum.DEFAULT.name, "IMAGENET1K_SWAG_LINEAR_V1"]
-    assert asked == [(name, {"check_hash": True}) for name in names]
+        assert torch.equal(model.head.weight, torch.load(weights_file)["heads.head.weight"])
+    urls = [torchvision.models.ViT_B_16_Weights.DEFAULT.url, linear.url]
+    assert asked == [(url, url.split("-")[-1].removesuffix(".pth")) for url in urls]
 
 
-def test_a_download_that_fails_names_the_address(monkeypatch):
-    def no_network(*_, **__):
+@pytest.mark.parametrize("how", ["empty", "garbage", "truncated", "flipped", "code"])
+def test_a_damaged_or_malicious_download_is_refused(how, torch_home, weights_file, tmp_path):
+    content = bytearray(weights_file.read_bytes())
+    if how == "flipped":
+        content[len(content) // 2] ^= 1
+    elif how == "code":
+        content = pickle.dumps(functools.partial(open, tmp_path / "written", "w"))
+    else:
+        content = {"empty": b"", "garbage": b"abc", "truncated": content[:-500]}[how]
+    (torch_home / "checkpoints").mkdir(parents=True)
+    (torch_home / "checkpoints/vit_b_16-c867db91.pth").write_bytes(content)
+    with pytest.raises(InputError, match=r"train\.init_from vit_b_16: .") as error:
+        load_pretrained(ViT(**OURS_SMALL), "vit_b_16")
+    assert "\n" not in str(error.value)
+
+
+def test_a_download_that_fails_names_the_address(torch_home, monkeypatch):
+    def no_network(*_):
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: "no/such/folder")
-    monkeypatch.setattr(torch.hub.os, "makedirs", lambda *_, **__: None)
     with pytest.raises(InputError, match=r"https://\S+vit_l_32\S+pth could not be .*: no network$"):
         load_pretrained(ViT(), "vit_l_32")
+
+
+def test_weights_of_16_bits_and_of_torchs_old_format_are_read(weights_file, tmp_path):
+    half = {name: tensor.half() for name, tensor in torch.load(weights_file).items()}
+    torch.save(half, tmp_path / "half.pth", _use_new_zipfile_serialization=False)
+    model = ViT(**OURS_SMALL | {"image_size": 40})
+    load_pretrained(model, str(tmp_path / "half.pth"))
+    assert torch.equal(model.head.weight, half["heads.head.weight"].float())
+
+
+def test_the_number_of_heads_must_be_that_of_the_papers_model(weights_file, monkeypatch):
+    monkeypatch.setattr(vit.pretrained, "PAPER", {"ViT-S/4": OURS_SMALL})
+    with pytest.raises(InputError, match=r"num_heads is 2, the paper's .* 3$"):
+        load_pretrained(ViT(**OURS_SMALL | {"num_heads": 2}), str(weights_file))
 
 
 @pytest.mark.parametrize("name", ["vit_b16", "ViT_B_16_Weights.NO", "X_Weights.Y", "configs", ""])
@@ -280,10 +325,8 @@ def finetune(weights, tmp_path, image_folder, *flags):
 
 
 def test_train_starts_from_the_weights_and_resumes_without_the_file(
-    weights_file, tmp_path, image_folder, monkeypatch
+    weights_file, tmp_path, image_folder, monkeypatch, capsys
 ):
-    import evaluate
-
     moved = tmp_path / "moved.pth"
     moved.write_bytes(weights_file.read_bytes())
     first, real = [], checkpoint.save
@@ -303,7 +346,11 @@ def test_train_starts_from_the_weights_and_resumes_without_the_file(
     model, preprocess, config, _ = checkpoint.load_model(path)
     assert model.image_size == preprocess.image_size == 40 and config.data.image_size == 16
     assert preprocess.mean[0] == 0.485
+    capsys.readouterr()
     assert evaluate.main(["--checkpoint", str(path), "--json"]) == 0
+    result, test = json.loads(capsys.readouterr().out), checkpoint.load(path)["test"]
+    assert result["test_accuracy"] == test["accuracy"]
+    assert result["test_loss"] == pytest.approx(test["loss"])
 
 
 @pytest.mark.parametrize("broken", ["missing", "truncated", "flipped", "foreign", "other model"])

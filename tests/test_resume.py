@@ -62,18 +62,25 @@ RECIPES = {
     "adamw, averaged": {"ema_decay": 0.9, "schedule": "cosine", "warmup_fraction": 0.3},
     "muon": {"optimizer": "muon", "muon_learning_rate": 0.02, "label_smoothing": 0.1},
     "adam": {"optimizer": "adam"},
+    "sgd, in parts": {"optimizer": "sgd", "accumulation_steps": 2, "clip_norm": 0.1},
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.fixture(scope="module", params=RECIPES)
+def recipe_run(request, tmp_path_factory, image_folder):
+    """The configuration of a recipe and the folder of its undisturbed run."""
+    tmp = tmp_path_factory.mktemp("recipe")
+    config = write_tiny_config(tmp, image_folder, **RECIPES[request.param])
+    assert train.main(["--config", str(config), "--run_dir", str(tmp / "undisturbed")]) == 0
+    return config, tmp / "undisturbed"
+
+
 @pytest.mark.parametrize("stop_at", [1, 4, 6, 7, 12])  # steps; an epoch has 6, the run 12
 def test_a_run_stopped_after_any_step_continues_bit_for_bit(
-    recipe, stop_at, tmp_path, image_folder, monkeypatch, capsys
+    stop_at, recipe_run, tmp_path, monkeypatch, capsys
 ):
-    config = write_tiny_config(tmp_path, image_folder, **RECIPES[recipe])
+    (config, undisturbed), run_dir = recipe_run, tmp_path / "run"
     argv = ["--config", str(config), "--run_dir"]
-    undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "run"
-    assert train.main([*argv, str(undisturbed)]) == 0
     real, steps = train.step_if, []
 
     def step_if(*arguments):
@@ -159,9 +166,9 @@ def test_a_folder_without_a_checkpoint_says_what_is_missing(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory, image_folder):
-    """A run of 25 epochs that saves after every step, and its undisturbed outcome."""
+    """A run of 15 epochs that saves after every step, and its undisturbed outcome."""
     tmp = tmp_path_factory.mktemp("long")
-    recipe = {"epochs": 25, "ema_decay": 0.9, "checkpoint_minutes": 1e-9}
+    recipe = {"epochs": 15, "ema_decay": 0.9, "checkpoint_minutes": 1e-9}
     config = write_tiny_config(tmp, image_folder, **recipe)
     started = time.monotonic()
     assert train.main(["--config", str(config), "--run_dir", str(tmp / "undisturbed")]) == 0
@@ -204,7 +211,7 @@ def test_killed_runs_resume_to_the_outcome_of_the_undisturbed_run(
         saving = temporary.exists()
         state = checkpoint.load(run_dir / checkpoint.NAME)
         epoch, step = len(state["rows"]) + 1, state["step"]
-        within += 0 < 6 * (epoch - 1) + step < 6 * 25
+        within += 0 < 6 * (epoch - 1) + step < 6 * 15
         during_save += saving
         with capsys.disabled():
             moment = "during a save" if saving else "between saves"

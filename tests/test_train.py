@@ -13,9 +13,11 @@ import matplotlib.image
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import write_tiny_config
 from test_config import MUTATIONS
 
 import train
+import vit.evaluation
 from vit import checkpoint
 from vit.config import DataConfig
 from vit.data import load_dataset
@@ -100,11 +102,19 @@ EFFECTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain_weights(tmp_path_factory, image_folder):
+    """The weights that the tiny configuration as it is ends with."""
+    tmp = tmp_path_factory.mktemp("plain")
+    config = write_tiny_config(tmp, image_folder)
+    assert train.main(["--config", str(config), "--run_dir", str(tmp / "run")]) == 0
+    return weights(tmp / "run")
+
+
 @pytest.mark.parametrize("key", EFFECTS)
-def test_every_key_of_the_recipe_changes_the_weights(key, run_train, tmp_path):
-    run_train(run_dir="a")
-    assert run_train(f"--train.{key}", EFFECTS[key], run_dir="b")[0] == 0
-    assert not same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+def test_every_key_of_the_recipe_changes_the_weights(key, plain_weights, run_train, tmp_path):
+    assert run_train(f"--train.{key}", EFFECTS[key])[0] == 0
+    assert not same(weights(tmp_path / "run"), plain_weights)
 
 
 def test_a_batch_in_parts_gives_the_weights_of_the_whole_batch(run_train, tmp_path, monkeypatch):
@@ -141,15 +151,44 @@ def test_a_clipped_gradient_has_the_norm_of_the_limit_and_a_smaller_one_is_left(
     one_step = ("--train.batch_size", "48", "--train.epochs", "1", "--model.drop_rate", "0")
     sgd = ("--train.optimizer", "sgd", "--train.weight_decay", "0", "--train.learning_rate", "0.5")
     steps = {}
-    for limit in ("0", "0.01", "1e6"):
+    for limit, parts in (("0", "1"), ("0.01", "4"), ("1e6", "1")):  # clipped is the whole batch's
         saved.clear()
-        assert run_train(*one_step, *sgd, "--train.clip_norm", limit, run_dir=limit)[0] == 0
+        flags = ("--train.clip_norm", limit, "--train.accumulation_steps", parts)
+        assert run_train(*one_step, *sgd, *flags, run_dir=limit)[0] == 0
         before, after = saved[0], saved[-1]
         steps[limit] = torch.cat([(after[n] - before[n]).flatten() for n in before]) / 0.5
     assert steps["0"].norm() > 0.1 and torch.equal(steps["0"], steps["1e6"])
     assert steps["0.01"].norm().item() == pytest.approx(0.01, rel=1e-3)
     direction = steps["0.01"] / steps["0.01"].norm()
     torch.testing.assert_close(direction, steps["0"] / steps["0"].norm(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("key, value", [("normalization", "imagenet"), ("image_size", "8")])
+def test_the_keys_of_the_images_change_the_weights(key, value, plain_weights, run_train, tmp_path):
+    assert run_train(f"--data.{key}", value)[0] == 0
+    assert not same(weights(tmp_path / "run"), plain_weights)
+
+
+def test_only_a_batch_is_enlarged(run_train, monkeypatch):
+    seen, real = set(), train.Preprocess.forward
+
+    def forward(preprocess, images):
+        seen.add((len(images), images.dtype, images.shape[-1]))
+        return real(preprocess, images)
+
+    monkeypatch.setattr(train.Preprocess, "forward", forward)
+    monkeypatch.setattr(vit.evaluation, "batch_size", lambda model: 5)
+    assert run_train("--data.image_size", "8", "--train.accumulation_steps", "4")[0] == 0
+    assert seen == {(n, torch.uint8, 8) for n in (2, 5, 12 % 5)}  # 12 and 60 images are evaluated
+
+
+def test_a_device_without_enough_memory_is_one_line(run_train, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train.F, "cross_entropy", full)
+    code, _, err = run_train()
+    assert code == 1 and "train.accumulation_steps" in err and "Traceback" not in err
 
 
 def test_muon_trains_and_its_learning_rate_matters(run_train, tmp_path):

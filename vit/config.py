@@ -56,8 +56,8 @@ class TrainConfig:
         batch_size: images in a step; an epoch's last images that do not fill a batch are dropped.
         accumulation_steps: the number of parts of a batch, computed one after the other, so that
             a batch needs less memory; divides batch_size.
-        init_from: the weights to start from: a name of torchvision's such as vit_b_16, or a file
-            of its weights. Empty for random ones.
+        init_from: the weights to start from, of a model with the sizes of model.*: a name of
+            torchvision's such as vit_b_16, or a file of its weights. Empty for random ones.
         optimizer: muon is Muon for the matrices of the blocks and AdamW for the rest; sgd has
             momentum 0.9.
         learning_rate: the highest learning rate, of everything but Muon's matrices.

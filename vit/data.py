@@ -4,6 +4,7 @@ Shape letters: N images, S = image size in pixels.
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -70,21 +71,25 @@ class Preprocess(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = images.float()
-        if x.shape[-1] != self.image_size:
+        if x.shape[-2] == x.shape[-1] < self.image_size:  # any other size is the model's to refuse
             x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear")
         return torch.addcmul(self.shift, x, self.scale)
 
 
 def mean_and_std(images: Tensor) -> tuple[list[float], list[float]]:
-    """Measure the channels of uint8 images (N, 3, S, S) exactly, by counting their 256 values."""
-    counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
-    counts = torch.stack(counts).double()  # (3, 256)
-    share = counts / counts.sum(1, keepdim=True)
-    values = torch.arange(256, dtype=torch.float64) / 255
-    mean = share @ values
-    variance = (share * (values - mean[:, None]) ** 2).sum(1)
-    # Images of one colour only have no spread, and dividing by 0 would make every loss nan.
-    return mean.tolist(), variance.sqrt().clamp(min=1e-3).tolist()
+    """Measure the channels of uint8 images (N, 3, S, S) by counting their 256 values.
+
+    In integers, so that the same images give the same numbers on every machine.
+    """
+    means, stds = [], []
+    for channel in images.unbind(1):
+        counts = torch.bincount(channel.flatten(), minlength=256).tolist()
+        n, total = sum(counts), sum(v * count for v, count in enumerate(counts))
+        variance = n * sum(v * v * count for v, count in enumerate(counts)) - total**2  # times n²
+        means.append(total / (255 * n))
+        # Images of one colour only have no spread, and dividing by 0 would make every loss nan.
+        stds.append(max(math.sqrt(variance) / (255 * n), 1e-3))
+    return means, stds
 
 
 @dataclass(frozen=True)

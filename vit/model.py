@@ -82,7 +82,7 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         words = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [-2¹⁵, 2¹⁵)
-        dropped = round(self.p * 2**16)  # of 2¹⁶
+        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of 2¹⁶
         keep = bits.float().ge_(dropped - 2**15).mul_(2**16 / (2**16 - dropped))
         return x * keep.to(x.dtype)
 

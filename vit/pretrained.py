@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from vit.checkpoint import read_verified
 from vit.config import InputError
-from vit.model import ViT
+from vit.model import PAPER, ViT
 
 # torchvision's names, as patterns, and ours; linear_1 and linear_2 are from before version 0.13.
 NAMES = {
@@ -57,8 +58,9 @@ def resize_positions(positions: Tensor, num_tokens: int, class_tokens: int) -> T
     special, grid = positions[:class_tokens], positions[class_tokens:]
     old, new = math.isqrt(len(grid)), math.isqrt(num_tokens - class_tokens)
     grid = grid.unflatten(0, (old, old)).permute(2, 0, 1)  # (D, rows, columns)
-    grid = F.interpolate(grid[None], (new, new), mode="bicubic", antialias=True)[0]
-    return torch.cat([special, grid.flatten(1).T])
+    # There is no such interpolation of 16 bits on a CPU.
+    grid = F.interpolate(grid[None].float(), (new, new), mode="bicubic", antialias=True)[0]
+    return torch.cat([special.float(), grid.flatten(1).T])
 
 
 def load_pretrained(model: ViT, source: str) -> None:
@@ -81,7 +83,8 @@ def load_pretrained(model: ViT, source: str) -> None:
             done.append(f"positions resized from {grid} patches to {rows - class_tokens}")
     if head is not None and head.ndim == 2 and len(head) != len(own["head.weight"]):
         weights["head.weight"] = torch.zeros(len(own["head.weight"]), head.shape[1])
-        weights["head.bias"] = torch.zeros_like(own["head.bias"])
+        if "head.bias" in weights:
+            weights["head.bias"] = torch.zeros_like(own["head.bias"])
         done.append(f"head of {len(head)} classes replaced by zeros for {len(own['head.weight'])}")
     differing = [f"{name} is missing" for name in own if name not in weights]
     differing += [f"{name} is not in the model" for name in weights if name not in own]
@@ -90,6 +93,12 @@ def load_pretrained(model: ViT, source: str) -> None:
         for name in own
         if name in weights and weights[name].shape != own[name].shape
     ]
+    # No weight shows the number of heads; with another one they are silently another model.
+    width, heads = own["positions.embedding.weight"].shape[1], model.blocks[0].attention.num_heads
+    paper = {(p["embedding_dim"], p["num_blocks"]): p["num_heads"] for p in PAPER.values()}
+    expected = paper.get((width, len(model.blocks)), heads)
+    if heads != expected:
+        differing.append(f"num_heads is {heads}, the paper's for this width and depth {expected}")
     if differing:
         more = f", and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise InputError(f"train.init_from {source}: {', '.join(differing[:4])}{more}")
@@ -98,25 +107,36 @@ def load_pretrained(model: ViT, source: str) -> None:
 
 
 def _read(source: str) -> dict[str, Tensor]:
+    try:
+        path = Path(source) if Path(source).is_file() else _download(source)
+        if zipfile.is_zipfile(path):
+            weights = read_verified(path)
+        else:  # torch's format before version 1.6, which holds no checksums
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in weights.items()):
+            raise ValueError("it holds something else than named tensors")
+    except Exception as error:  # a damaged or foreign file raises almost anything
+        fault = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"train.init_from {source}: {fault}") from None
+    return weights
+
+
+def _download(name: str) -> Path:
+    """Return torch's own copy of a torchvision weights file, fetched if it is not there yet."""
     from torchvision.models import get_model_weights, get_weight, list_models  # slow to import
 
-    where = f"train.init_from {source}"
-    if Path(source).is_file():
-        try:
-            weights = read_verified(Path(source))
-            if not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in weights.items()):
-                raise ValueError("it holds something else than named tensors")
-        except Exception as error:  # a damaged or foreign file raises almost anything
-            fault = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"{where}: not weights that can be used: {fault}") from None
-        return weights
     names = list_models(include="vit_*")
     try:
-        entry = get_model_weights(source).DEFAULT if source in names else get_weight(source)
+        url = (get_model_weights(name).DEFAULT if name in names else get_weight(name)).url
     except (ValueError, KeyError):
         names = ", ".join(names)
-        raise InputError(f"{where}: no such file, and none of torchvision's {names}") from None
-    try:
-        return entry.get_state_dict(check_hash=True)
-    except (OSError, RuntimeError) as error:  # no network, no disk, a damaged download
-        raise InputError(f"{where}: {entry.url} could not be downloaded: {error}") from None
+        raise ValueError(f"no such file, and none of torchvision's {names}") from None
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digest = path.stem.rpartition("-")[2]  # the name ends in the start of the SHA-256
+        try:
+            torch.hub.download_url_to_file(url, str(path), digest)
+        except (OSError, RuntimeError) as error:  # no network, a full disk, a damaged download
+            raise OSError(f"{url} could not be downloaded: {error}") from None
+    return path

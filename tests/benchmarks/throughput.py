@@ -102,7 +102,7 @@ def tutorial_loop(batch_size: int) -> float:
 
 
 def our_loop(batch_size: int) -> float:
-    """Run train.py itself for 2 epochs of 9,000 images; return the images/s of the second."""
+    """Run train.py itself for an epoch of 9,000 images; return its images/s."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         config = Path(folder) / "benchmark.yaml"
         config.write_text(
