@@ -1,5 +1,6 @@
 """What several test files share: a small image folder, a tiny run, and the scripts' main()."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image
 
 import train
+from vit import checkpoint
 
 CLASSES = ["ant", "bee", "cow"]
 
@@ -56,6 +58,19 @@ def run_train(tmp_path, image_folder, capsys):
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def saved_weights(monkeypatch) -> list:
+    """A list to which every save of a run adds a copy of the model's weights."""
+    real, saved = checkpoint.save, []
+
+    def save(state, folder):
+        saved.append(copy.deepcopy(state["model"]))
+        real(state, folder)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    return saved
 
 
 def pytest_addoption(parser):

@@ -325,21 +325,14 @@ def finetune(weights, tmp_path, image_folder, *flags):
 
 
 def test_train_starts_from_the_weights_and_resumes_without_the_file(
-    weights_file, tmp_path, image_folder, monkeypatch, capsys
+    weights_file, tmp_path, image_folder, saved_weights, capsys
 ):
     moved = tmp_path / "moved.pth"
     moved.write_bytes(weights_file.read_bytes())
-    first, real = [], checkpoint.save
-
-    def save(state, folder):
-        first.append({name: tensor.clone() for name, tensor in state["model"].items()})
-        real(state, folder)
-
-    monkeypatch.setattr(checkpoint, "save", save)
     assert finetune(moved, tmp_path, image_folder) == 0
     expected = ViT(**OURS_SMALL | {"num_classes": 3, "image_size": 40})
     load_pretrained(expected, str(weights_file))
-    assert all(torch.equal(first[0][n], t) for n, t in expected.state_dict().items())
+    assert all(torch.equal(saved_weights[0][n], t) for n, t in expected.state_dict().items())
     moved.unlink()
     path = tmp_path / "run" / checkpoint.NAME
     assert train.main(["--resume", str(path.parent)]) == 0

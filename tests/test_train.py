@@ -1,6 +1,5 @@
 """train.py as a user runs it: what it writes, repeats, refuses, and how it stops."""
 
-import copy
 import csv
 import fcntl
 import math
@@ -139,23 +138,16 @@ def test_a_batch_in_parts_gives_the_weights_of_the_whole_batch(run_train, tmp_pa
 
 
 def test_a_clipped_gradient_has_the_norm_of_the_limit_and_a_smaller_one_is_left(
-    run_train, tmp_path, monkeypatch
+    run_train, saved_weights
 ):
-    real, saved = checkpoint.save, []
-
-    def spy(state, folder):
-        saved.append(copy.deepcopy(state["model"]))
-        real(state, folder)
-
-    monkeypatch.setattr(checkpoint, "save", spy)
     one_step = ("--train.batch_size", "48", "--train.epochs", "1", "--model.drop_rate", "0")
     sgd = ("--train.optimizer", "sgd", "--train.weight_decay", "0", "--train.learning_rate", "0.5")
     steps = {}
     for limit, parts in (("0", "1"), ("0.01", "4"), ("1e6", "1")):  # clipped is the whole batch's
-        saved.clear()
+        saved_weights.clear()
         flags = ("--train.clip_norm", limit, "--train.accumulation_steps", parts)
         assert run_train(*one_step, *sgd, *flags, run_dir=limit)[0] == 0
-        before, after = saved[0], saved[-1]
+        before, after = saved_weights[0], saved_weights[-1]
         steps[limit] = torch.cat([(after[n] - before[n]).flatten() for n in before]) / 0.5
     assert steps["0"].norm() > 0.1 and torch.equal(steps["0"], steps["1e6"])
     assert steps["0.01"].norm().item() == pytest.approx(0.01, rel=1e-3)
@@ -199,18 +191,11 @@ def test_muon_trains_and_its_learning_rate_matters(run_train, tmp_path):
 
 
 def test_the_averaged_weights_follow_the_formula_and_are_the_ones_evaluated(
-    run_train, tmp_path, monkeypatch
+    run_train, tmp_path, saved_weights
 ):
-    real, seen = checkpoint.save, []
-
-    def spy(state, folder):
-        seen.append(copy.deepcopy(state["model"]))
-        real(state, folder)
-
-    monkeypatch.setattr(checkpoint, "save", spy)
     two_steps = ("--train.batch_size", "24", "--train.epochs", "1")
     run_train("--train.ema_decay", "0.75", "--train.checkpoint_minutes", "1e-9", *two_steps)
-    _, one, two = seen[:3]  # before the first step, after it, after the second
+    _, one, two = saved_weights[:3]  # before the first step, after it, after the second
     model, *_ = checkpoint.load_model(tmp_path / "run" / checkpoint.NAME)
     for name, average in model.state_dict().items():
         torch.testing.assert_close(average, 0.75 * one[name] + 0.25 * two[name])
