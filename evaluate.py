@@ -5,43 +5,44 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from vit import checkpoint
-from vit.config import DataConfig, InputError, TrainConfig, parse_flags
+from vit.checkpoint import load_model
+from vit.config import DataConfig, parse_flags
 from vit.data import load_dataset
-from vit.evaluation import batch_size, confusion_matrix, loss_and_accuracy, pick_device, predict
+from vit.errors import InputError, one_line_errors
+from vit.evaluation import confusion_matrix, loss_and_accuracy, predict
 from vit.figures import plot_class_accuracy
 from vit.model import ViT
+from vit.step import pick_device
 
 
 def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
     """Return parameter counts, accuracy over all and each class, and speed, on the test images.
 
-    Raises:
-        InputError: naming the file or flag that cannot be used.
+    Raises InputError, naming the file or flag that cannot be used.
     """
     if "checkpoint" not in flags:
         raise InputError("--checkpoint FILE is missing")
-    model, preprocess, config, classes = checkpoint.load_model(Path(flags["checkpoint"]))
+    model, preprocess, config, classes = load_model(flags["checkpoint"])
     data_config = dataclasses.replace(config.data, **flags.get("data", {}))
-    settings = dataclasses.replace(config.train, **flags.get("train", {}))
-    device, bfloat16 = pick_device(settings.device, settings.precision)
+    precision = flags.get("precision", config.train.precision)  # that of the training
+    device, precision = pick_device(flags.get("device", "auto"), precision)
     data = load_dataset(data_config, config.model["image_size"], config.model["num_classes"])
     if data.classes != classes:
         odd = next(a for a, b in zip(classes, data.classes, strict=True) if a != b)
         raise InputError(f"data.root {data_config.root}: the checkpoint's class {odd} is not there")
-    model, preprocess, test = model.to(device), preprocess.to(device), data.test.to(device)
+    model, preprocess = model.to(device), preprocess.to(device)
+    images, labels = (t.to(device) for t in data.test)
 
-    first = test[: batch_size(model)]
-    predict(model, first, preprocess, bfloat16)  # it also loads the kernels, and is not timed
+    predict(model, images[:1000], preprocess, precision)  # loads the kernels; not timed
     started = time.perf_counter()
-    logits = predict(model, test, preprocess, bfloat16)
-    loss, accuracy = loss_and_accuracy(logits, test.labels)  # waits for the device
+    logits = predict(model, images, preprocess, precision)
+    loss, accuracy = loss_and_accuracy(logits, labels)  # waits for the device
     seconds = time.perf_counter() - started
-    confusion = confusion_matrix(logits, test.labels)
+    confusion = confusion_matrix(logits, labels)
     per_class = (100 * confusion.diagonal() / confusion.sum(1)).tolist()
     return {
         "checkpoint": str(flags["checkpoint"]),
@@ -49,9 +50,9 @@ def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
         "parameters_by_part": count_by_part(model),
         "test_accuracy": accuracy,
         "test_loss": loss,
-        "test_images": len(test),
+        "test_images": len(labels),
         "class_accuracy": dict(zip(classes, per_class, strict=True)),
-        "images_per_second": len(test) / seconds,
+        "images_per_second": len(labels) / seconds,
     }
 
 
@@ -68,41 +69,33 @@ def report(result: dict[str, Any]) -> str:
     """Return the result as the text that a person reads."""
     lines = [f"{'parameters':<22}{result['parameters']:>12,}"]
     lines += [f"  {part:<20}{n:>12,}" for part, n in result["parameters_by_part"].items()]
-    lines += [
-        f"{'test accuracy':<22}{result['test_accuracy']:>10.2f} %"
-        f"  of {result['test_images']:,} images"
-    ]
+    of_images = f"  of {result['test_images']:,} images"
+    lines += [f"{'test accuracy':<22}{result['test_accuracy']:>10.2f} %{of_images}"]
     lines += [f"  {name:<20}{value:>10.2f} %" for name, value in result["class_accuracy"].items()]
-    lines += [f"{'images/s':<22}{result['images_per_second']:>12,.0f}"]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"{'images/s':<22}{result['images_per_second']:>12,.0f}"])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
+@one_line_errors("evaluate.py")
+def main(argv: list[str]) -> None:
+    """Run the command line."""
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
     parser.add_argument("--checkpoint", help="File that train.py wrote: runs/NAME/checkpoint.pt.")
-    for section, kind in (("data", DataConfig), ("train", TrainConfig)):
-        rest = set(kind.__dataclass_fields__) - {"name", "root", "device", "precision"}
-        parser.add_class_arguments(kind, section, skip=rest)
+    kept = {"name", "root"}  # the rest belongs to the checkpoint
+    parser.add_class_arguments(DataConfig, "data", skip={*DataConfig.__dataclass_fields__} - kept)
+    parser.add_argument("--device", type=Literal["auto", "cuda", "mps", "cpu"], default="auto")
+    parser.add_argument("--precision", type=Literal["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     parser.add_argument("--figures", help="Folder for the bars of the per-class accuracy.")
-    try:
-        flags = parse_flags(parser, sys.argv[1:] if argv is None else argv)
-        result = evaluate(flags)
-        if "figures" in flags:
-            folder = Path(flags["figures"])
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                plot_class_accuracy(result["class_accuracy"], folder / "class_accuracy.png")
-            except OSError as error:
-                raise InputError(f"--figures {folder}: {error.strerror or error}") from None
-    except InputError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    flags = parse_flags(parser, argv)
+    result = evaluate(flags)
+    if "figures" in flags:
+        folder = Path(flags["figures"])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            plot_class_accuracy(result["class_accuracy"], folder / "class_accuracy.png")
+        except OSError as error:
+            raise InputError(f"--figures {folder}: {error.strerror or error}") from None
     print(json.dumps(result) if flags.get("json") else report(result))
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,305 +1,164 @@
 """Train a Vision Transformer: python train.py --config configs/cifar10.yaml"""
 
+import dataclasses
 import os
-import random
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from vit import checkpoint
 from vit.augment import augment
-from vit.config import Config, InputError, TrainConfig, read_config, resumed_config, train_flags
-from vit.data import Preprocess, Split, batches, load_dataset, mean_and_std
-from vit.evaluation import loss_and_accuracy, pick_device, predict
-from vit.figures import plot_curves
+from vit.checkpoint import TrainState, load_teacher
+from vit.config import Config, TrainConfig, config_parser, parse_flags, read_config, resumed_config
+from vit.data import Preprocess, load_dataset
+from vit.distributed import RANK, WORLD_SIZE, keep_gradients, processes, share, total
+from vit.errors import InputError, one_line_errors
+from vit.evaluation import evaluate, predict
 from vit.model import ViT
-from vit.optim import FiniteGuard, make_optimizers, schedule, set_learning_rates, step_if
+from vit.optim import learning_rate_factor, make_optimizers, set_learning_rates
 from vit.pretrained import load_pretrained
-from vit.run import Interrupted, Signals, Stopped, open_run, write_metrics
+from vit.run import Run
+from vit.step import derive_seed, pick_device, prepare
 
 
-def train(config: Config, run_dir: Path, saved: dict | None = None) -> None:
-    """Train from the first epoch, or from a saved state, to the last, then test.
-
-    Raises:
-        InputError: for what the user can mend; nothing was written then.
-        Stopped: after a signal, a loss that is not finite, or a disk that takes no checkpoint.
-    """
-    settings = config.train
-    if saved is None and run_dir.exists():
-        raise InputError(
-            f"{run_dir} exists already: go on with --resume {run_dir}, or name another --run_dir"
-        )
-    device, bfloat16 = pick_device(settings.device, settings.precision)
-    if settings.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not
-    torch.use_deterministic_algorithms(settings.deterministic)
-
-    # The model before the data: weights that do not fit are told before any image is decoded.
-    torch.manual_seed(settings.seed)
-    model = ViT(**config.model)
-    if settings.init_from and saved is None:
-        load_pretrained(model, settings.init_from)
-    model = model.to(device)
-    parameters = list(model.parameters())
-
-    # Data: three splits of uint8 images on the device.
-    data = load_dataset(config.data, config.model["image_size"], config.model["num_classes"])
-    mean, std = mean_and_std(data.train.images)
-    preprocess = Preprocess(mean, std, config.model["image_size"], config.data.normalization)
-    preprocess = preprocess.to(device)
-    steps_per_epoch = len(data.train) // settings.batch_size
-    total_steps = settings.epochs * steps_per_epoch
-    part_size = settings.batch_size // settings.accumulation_steps
-    if steps_per_epoch == 0:
-        raise InputError(
-            f"train.batch_size {settings.batch_size} is more than the {len(data.train)} images "
-            "of the training split"
-        )
-    train_split, val_split, test_split = (
-        split.to(device) for split in (data.train, data.val, data.test)
-    )
-    about = {"classes": data.classes, "mean": mean, "std": std}
-    if saved and about != {name: saved[name] for name in about}:
-        raise InputError(f"data.root {config.data.root}: not the images that {run_dir} began with")
-
-    # Optimisers, and what else changes while they run.
-    optimizers = make_optimizers(model, settings)
-    average = None
-    if settings.ema_decay:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
-    evaluated = average.module if average else model
-    loss_sum = torch.zeros((), device=device)  # over the steps of this epoch
-    rows: list[dict[str, float]] = []  # of metrics.csv, one an epoch
-    first_step, test = 0, None
-    if saved:
-        try:
-            model.load_state_dict(saved["model"])
-            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            if average:
-                average.load_state_dict(saved["average"])
-        except (RuntimeError, ValueError, TypeError) as error:
-            fault = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"{run_dir / checkpoint.NAME}: does not fit its own model: {fault}"
-            ) from None
-        loss_sum += saved["loss_sum"].to(device)
-        rows, first_step, test = saved["rows"], saved["step"], saved["test"]
-    guard = FiniteGuard(device)
-    signals = Signals(run_dir)
-    unsaved: str | None = None  # why the last save failed
-
-    def save(step: int) -> None:
-        stop_if_not_finite(guard, steps_per_epoch, optimizers, run_dir)
-        state = about | {
-            "config": config.to_dict(),
-            "model": model.state_dict(),
-            "average": average.state_dict() if average else None,
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "step": step,  # steps done in epoch len(rows) + 1
-            "loss_sum": loss_sum,
-            "rows": rows,
-            "test": test,
-        }
-        nonlocal unsaved
-        try:
-            checkpoint.save(state, run_dir)
-            write_metrics(rows, run_dir / "metrics.csv")
-            unsaved = None
-        except OSError as error:  # a full disk, say; the files of the last save are still whole
-            unsaved = f"{run_dir}: nothing could be saved: {error}"
-            print(f"train.py: {unsaved}", file=sys.stderr, flush=True)
-
-    def evaluate(split: Split, step: int) -> tuple[float, float]:
-        try:
-            with signals.raised():  # nothing changes during an evaluation: it can be cut short
-                logits = predict(evaluated, split, preprocess, bfloat16)
-        except Interrupted:
-            save(step)
-            signals.stop_if_received()
-        return loss_and_accuracy(logits, split.labels)
-
-    with open_run(run_dir, config, is_new=saved is None), signals:
-        if saved is None:
-            save(step=0)  # from here on the run can be resumed
-            if unsaved:
-                raise Stopped(unsaved, code=1)
-        saved_at = time.monotonic()
-        for epoch in range(len(rows) + 1, settings.epochs + 1):
-            started = time.perf_counter()
-            order = permutation(len(train_split), settings.seed, epoch).to(device)
-            for step in progress(range(first_step, steps_per_epoch), epoch, settings, loss_sum):
-                # Augmentation and dropout are functions of (seed, epoch, step) alone.
-                seed_generators(device, mix(settings.seed, epoch, step))
-                batch = train_split[order[step * settings.batch_size :][: settings.batch_size]]
-                images = augment(batch.images, settings.crop_padding, settings.horizontal_flip)
-                model.zero_grad()
-                loss = torch.zeros((), device=device)
-                for part in batches(Split(images, batch.labels), part_size):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                        logits = model(preprocess(part.images))  # (part_size, K)
-                        part_loss = F.cross_entropy(
-                            logits, part.labels, label_smoothing=settings.label_smoothing
-                        )
-                    part_loss = part_loss / settings.accumulation_steps
-                    part_loss.backward()
-                    loss += part_loss.detach()
-
-                done = (epoch - 1) * steps_per_epoch + step
-                set_learning_rates(optimizers, schedule(done, total_steps, settings))
-                gradient_norm = get_total_norm([p.grad for p in parameters])
-                finite = guard.check(loss, gradient_norm, done)
-                if device.type != "cuda":  # on CUDA the flag is read at the next save
-                    stop_if_not_finite(guard, steps_per_epoch, optimizers, run_dir)
-                if settings.clip_norm:
-                    clip_grads_with_norm_(parameters, settings.clip_norm, gradient_norm)
-                step_if(finite, optimizers)
-                if average:
-                    average.update_parameters(model)
-                loss_sum += loss
-
-                overdue = time.monotonic() - saved_at > 60 * settings.checkpoint_minutes
-                if signals.received or overdue:
-                    save(step + 1)
-                    saved_at = time.monotonic()
-                    signals.stop_if_received()
-
-            train_loss = loss_sum.item() / steps_per_epoch
-            train_seconds = time.perf_counter() - started
-            val_loss, val_accuracy = evaluate(val_split, step=steps_per_epoch)
-            row = {
-                "epoch": epoch,
-                "train_loss": train_loss,
-                "val_loss": val_loss,
-                "val_accuracy": val_accuracy,
-                "learning_rate": optimizers[-1].param_groups[0]["lr"],
-                "images_per_second": (steps_per_epoch - first_step)
-                * settings.batch_size
-                / train_seconds,
-                "seconds": time.perf_counter() - started,
-            }
-            rows.append(row)
-            first_step = 0
-            loss_sum.zero_()
-            save(step=0)
-            saved_at = time.monotonic()
-            print(
-                f"epoch {epoch}/{settings.epochs}: train loss {train_loss:.4f}, validation loss "
-                f"{val_loss:.4f}, validation accuracy {val_accuracy:.2f} %, "
-                f"{row['images_per_second']:.0f} images/s",
-                flush=True,
-            )
-
-        if settings.evaluate_test and test is None:
-            test_loss, test_accuracy = evaluate(test_split, step=0)
-            test = {"loss": test_loss, "accuracy": test_accuracy, "images": len(test_split)}
-            save(step=0)
-        if unsaved:
-            raise Stopped(unsaved, code=1)
-        plot_curves(rows, run_dir / "curves.png")
-
-    seconds = sum(row["seconds"] for row in rows)
-    print(f"parameters     {sum(p.numel() for p in parameters):,}")
-    if test:
-        print(f"test accuracy  {test['accuracy']:.2f} % of {test['images']:,} images")
-    print(f"training       {seconds:.0f} s, {rows[-1]['images_per_second']:.0f} images/s")
-    print(f"run folder     {run_dir}")
+def batch_loss(
+    network: nn.Module, images: Tensor, labels: Tensor, recipe: TrainConfig, preprocess: Preprocess
+) -> Tensor:
+    """Return the mean cross entropy in nats. Shapes: images uint8 (B, 3, S, S), labels (B,)."""
+    with torch.autocast(images.device.type, torch.bfloat16, recipe.precision == "bfloat16"):
+        logits = network(preprocess(images))  # (B, K)
+    return F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
 
 
-def mix(*numbers: int) -> int:
-    """Return a 32-bit seed that depends on every one of the numbers."""
-    return random.Random(" ".join(map(str, numbers))).getrandbits(32)
-
-
-def seed_generators(device: torch.device, number: int) -> None:
-    """Seed the CPU's and the device's generator; torch.manual_seed is slow for every step."""
-    torch.default_generator.manual_seed(number)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(number)
-    elif device.type == "mps":
-        torch.mps.manual_seed(number)
-
-
-def permutation(count: int, seed: int, epoch: int) -> Tensor:
-    """Return the order of the training images in an epoch. Shape: (count,)."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, epoch)))
-
-
-def progress(steps: range, epoch: int, settings: TrainConfig, loss_sum: Tensor) -> Iterator[int]:
-    """Yield the steps and show a bar with images/s, time left and the mean loss so far.
-
-    The loss is read once in two seconds, since reading it waits for the device.
-    """
-    batch = settings.batch_size
-    with tqdm(
-        total=steps.stop * batch,
-        initial=steps.start * batch,
-        desc=f"epoch {epoch}/{settings.epochs}",
-        unit=" images",
-        disable=None,  # where the output is not a terminal
-        leave=False,
-    ) as bar:
-        shown = time.monotonic()
-        for step in steps:
-            yield step
-            bar.update(batch)
-            if not bar.disable and time.monotonic() - shown > 2:
-                bar.set_postfix(loss=f"{loss_sum.item() / (step + 1):.4f}")
-                shown = time.monotonic()
-
-
-def stop_if_not_finite(
-    guard: FiniteGuard, steps_per_epoch: int, optimizers: list[Optimizer], run_dir: Path
+def training_step(
+    state: TrainState,
+    images: Tensor,
+    labels: Tensor,
+    recipe: TrainConfig,
+    preprocess: Preprocess,
+    loss_of: Callable[..., Tensor] = batch_loss,
+    teacher: tuple[ViT, Preprocess] | None = None,
 ) -> None:
-    """Raise Stopped where the guard has seen a loss or a gradient that is not finite."""
-    bad = guard.first_bad_step()
-    if bad is not None:
-        epoch, step = divmod(bad, steps_per_epoch)
-        raise Stopped(
-            f"the loss or its gradient is not finite in epoch {epoch + 1}, step {step + 1}, "
-            f"learning rate {optimizers[-1].param_groups[0]['lr']:.3g}; no update was made from "
-            f"there on, and {run_dir / checkpoint.NAME} holds the last state that was saved",
-            code=1,
-        )
+    """Change the weights once. Nothing in here waits for the device, so that it can be captured.
+
+    Shapes: images uint8 (B, 3, S, S), labels (B,).
+    """
+    images, targets = augment(images, labels, recipe)  # targets: (B,) or, of a mixture, (B, K)
+    if teacher:  # soft targets for the very images that the student sees
+        targets = predict(teacher[0], images, teacher[1], recipe.precision).softmax(1)  # (B, K)
+    parts = recipe.accumulation_steps
+    for i, (x, y) in enumerate(zip(images.chunk(parts), targets.chunk(parts), strict=True)):
+        with keep_gradients(state.network, until_last=i == parts - 1):
+            loss = loss_of(state.network, x, y, recipe, preprocess) / parts
+            loss.backward()
+        state.loss_sum += loss.detach()
+    if recipe.clip_norm:
+        clip_grad_norm_(state.model.parameters(), recipe.clip_norm)
+    for optimizer in state.optimizers:
+        optimizer.step()
+    state.model.zero_grad()
+    state.update_average()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
-    try:
-        flags = train_flags(sys.argv[1:] if argv is None else argv)
-        if "resume" in flags:
-            run_dir = Path(flags["resume"])
-            saved = checkpoint.load(run_dir / checkpoint.NAME)
-            train(resumed_config(flags, saved["config"]), run_dir, saved)
-        else:
-            train(*read_config(flags))
-    except InputError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print(
-            "train.py: the device is out of memory: start anew, in another --run_dir, with more "
-            "train.accumulation_steps or a smaller train.batch_size",
-            file=sys.stderr,
+def train(config: Config, device: torch.device, run: Run) -> None:
+    """Train from the first step, or from the run's saved one, to the last, then test."""
+    recipe, size = config.train, config.train.batch_size
+
+    # The model first: weights that do not fit should fail before images are slowly decoded.
+    torch.manual_seed(recipe.seed)
+    model = ViT(**config.model)
+    if recipe.init_from and run.saved is None:
+        load_pretrained(model, recipe.init_from)
+    model.to(device)
+
+    # Data: three splits of uint8 images; only training images are augmented.
+    data = load_dataset(config.data, config.model["image_size"], config.model["num_classes"])
+    images, labels = (t.to(device) for t in data.train)
+    preprocess = Preprocess(data.mean, data.std, model.image_size).to(device)
+    steps_per_epoch = len(labels) // size
+    if size % (WORLD_SIZE * recipe.accumulation_steps):
+        raise InputError(f"train.batch_size {size} is not divided by {WORLD_SIZE} processes' parts")
+    if steps_per_epoch == 0:
+        raise InputError(f"train.batch_size {size} is more than the {len(labels)} training images")
+
+    # Everything that training changes, and the step that changes it: eager, compiled or captured.
+    state = TrainState(model, make_optimizers(model, recipe), recipe.ema_decay)
+    teacher = load_teacher(recipe.teacher, data.fingerprint, device) if recipe.teacher else None
+    step = prepare(training_step, batch_loss, state, recipe, preprocess=preprocess, teacher=teacher)
+    run.restore(state, data)
+
+    for epoch in range(len(state.history), recipe.epochs):
+        generator = torch.Generator().manual_seed(derive_seed(1, recipe.seed, epoch))
+        order = torch.randperm(len(labels), generator=generator).to(device)
+        first = state.step - epoch * steps_per_epoch  # above 0 where an epoch was interrupted
+        bar = progress_bar(range(first, steps_per_epoch), epoch, recipe)
+        for i in bar:
+            # Randomness depends on (seed, step, rank) alone: a resumed run is the same run.
+            torch.manual_seed(derive_seed(2, recipe.seed, state.step, RANK))
+            factor = learning_rate_factor(state.step, recipe.epochs * steps_per_epoch, recipe)
+            set_learning_rates(state.optimizers, factor)
+            batch = share(order[i * size : (i + 1) * size])
+            step(images[batch], labels[batch])
+            state.step, state.images = state.step + 1, state.images + size
+            run.after_step(state)  # saves when due; stops after a signal
+            if i % 50 == 49 and not bar.disable:
+                bar.set_postfix(loss=f"{state.loss_sum.item() / (i + 1):.4f}")
+
+        run.check_finite(state)
+        train_loss = total(state.loss_sum).item() / WORLD_SIZE / steps_per_epoch
+        row = {"epoch": epoch + 1, "train_loss": train_loss}
+        speed = state.images / state.tick()
+        evaluated = state.average or model
+        row["val_loss"], row["val_accuracy"] = evaluate(
+            evaluated, data.val, preprocess, recipe.precision
         )
-        return 1
-    except Stopped as stopped:
-        print(f"train.py: {stopped}", file=sys.stderr)
-        return stopped.code
-    except KeyboardInterrupt:
-        print("train.py: stopped by SIGINT before the first step", file=sys.stderr)
-        return 130
-    return 0
+        row["learning_rate"] = state.optimizers[-1].param_groups[0]["lr"].item()
+        state.end_epoch(row | {"images_per_second": speed})
+        run.save(state, wait=5)  # seconds: an epoch can be shorter than a save
+        if RANK == 0:
+            row = state.history[-1]
+            print(", ".join(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
+
+    if recipe.evaluate_test and state.test is None:  # the test images, looked at once
+        evaluated = state.average or model
+        loss, accuracy = evaluate(evaluated, data.test, preprocess, recipe.precision)
+        state.test = {"loss": loss, "accuracy": accuracy, "images": len(data.test.labels)}
+        run.save(state)
+    run.finish(state)
+
+
+def progress_bar(steps: range, epoch: int, recipe: TrainConfig) -> tqdm:
+    """Return the steps of an epoch, shown on a terminal as images/s and time left."""
+    name, hide = f"epoch {epoch + 1}/{recipe.epochs}", True if RANK else None
+    shown = dict(initial=steps.start, total=steps.stop, unit=" images")
+    return tqdm(steps, name, leave=False, disable=hide, unit_scale=recipe.batch_size, **shown)
+
+
+@one_line_errors("train.py")
+def main(argv: list[str]) -> None:
+    """Run the command line."""
+    flags, saved = parse_flags(config_parser(with_flags=True), argv), None
+    if "resume" in flags:
+        folder = Path(flags["resume"])
+        saved = checkpoint.load(folder / checkpoint.NAME)
+        config = resumed_config(flags, saved["config"])
+    else:
+        config = read_config(flags)
+        folder = Path(flags.get("run_dir", Path("runs") / Path(flags["config"]).stem))
+    if config.train.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    device, precision = pick_device(config.train.device, config.train.precision)
+    recipe = dataclasses.replace(config.train, precision=precision)
+    config = dataclasses.replace(config, train=recipe)
+    with processes(device), Run(folder, config, saved) as run:
+        train(config, device, run)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from PIL import Image
 import train
 from vit import checkpoint
 
+ROOT = Path(train.__file__).parent
 CLASSES = ["ant", "bee", "cow"]
 
 
@@ -35,7 +36,8 @@ def image_folder(tmp_path_factory) -> Path:
 
 def write_tiny_config(folder: Path, image_folder: Path, **train_keys) -> Path:
     """Write a configuration whose run takes a second: 6 steps in each of 2 epochs, dropout 0.1."""
-    keys = dict(epochs=2, batch_size=8, device="cpu", seed=3, crop_padding=2) | train_keys
+    keys = dict(epochs=2, batch_size=8, device="cpu", seed=3, crop_padding=2)
+    keys |= dict(precision="float32") | train_keys  # "auto" is bfloat16 on some machines
     path = folder / "tiny.yaml"
     path.write_text(
         "model: {image_size: 16, embedding_dim: 16, num_blocks: 1, mlp_dim: 16, num_classes: 3}\n"

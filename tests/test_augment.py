@@ -5,6 +5,12 @@ import pytest
 import torch
 
 from vit.augment import augment, crop, flip
+from vit.config import TrainConfig
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -33,25 +39,27 @@ def test_augment_draws_every_corner_and_half_of_the_flips_evenly():
     # One bright pixel off the centre shows where the window was cut and whether it was mirrored.
     images = torch.zeros(20_000, 1, 13, 13, dtype=torch.uint8)
     images[:, :, 6, 5] = 255
-    found = augment(images, crop_padding=2, horizontal_flip=True).nonzero()
+    images, labels = augment(images, torch.arange(20_000), TrainConfig(crop_padding=2))
+    assert torch.equal(labels, torch.arange(20_000))
+    found = images.nonzero()
     assert len(found) == 20_000
-    rows = torch.bincount(found[:, 2] - 4, minlength=5)
-    columns = torch.bincount(found[:, 3] - 3, minlength=7)
-    even = torch.tensor([1.0, 1, 1, 1, 1]) / 5
+    places = torch.bincount((found[:, 2] - 4) * 7 + found[:, 3] - 3, minlength=35).view(5, 7)
+    even, none = torch.full((5,), 0.2), torch.zeros(2)
     # Columns 3..7 unmirrored, 12 - column = 5..9 mirrored.
-    both = (torch.cat([even, torch.zeros(2)]) + torch.cat([torch.zeros(2), even])) / 2
-    assert (rows / 20_000 - even).abs().max() < 0.015
-    assert (columns / 20_000 - both).abs().max() < 0.015
+    columns = (torch.cat([even, none]) + torch.cat([none, even])) / 2
+    expected = torch.outer(even, columns)  # rows and columns are drawn independently
+    deviation = (expected * (1 - expected) / 20_000).sqrt()
+    assert ((places / 20_000 - expected).abs() < 5 * deviation).all()
 
 
 def test_augment_changes_nothing_when_told_nothing(images):
-    assert torch.equal(augment(images, crop_padding=0, horizontal_flip=False), images)
+    recipe = TrainConfig(crop_padding=0, horizontal_flip=False)
+    assert torch.equal(augment(images, torch.zeros(50), recipe)[0], images)
 
 
 def test_augment_is_a_function_of_the_seed(images):
     torch.manual_seed(5)
-    first = augment(images, 4, True)
-    second = augment(images, 4, True)
+    first, second = (augment(images, torch.zeros(50), TrainConfig())[0] for _ in range(2))
     torch.manual_seed(5)
-    assert torch.equal(augment(images, 4, True), first)
+    assert torch.equal(augment(images, torch.zeros(50), TrainConfig())[0], first)
     assert not torch.equal(second, first)

@@ -1,5 +1,7 @@
 """The model against computations that share no code with it."""
 
+import copy
+import itertools
 import math
 
 import pytest
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit import ViT
-from vit.model import Dropout, EncoderBlock, Patches, PositionalEmbedding, SelfAttention
+from vit.model import EncoderBlock, Patches, PositionalEmbedding, SelfAttention
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +91,23 @@ def test_positional_embedding_adds_one_row_to_each_token():
     assert torch.equal(module(x), expected)
 
 
+@pytest.mark.parametrize("pool", ["mean", "class_token"])
+def test_sincos_positions_change_nothing_but_the_patches_rows(pool):
+    arguments = dict(image_size=24, embedding_dim=16, pool=pool)
+    model, normal = (
+        (torch.manual_seed(0), ViT(**arguments, position_init=start))[1].state_dict()
+        for start in ("sincos", "normal")
+    )
+    expected = []
+    for row, column in itertools.product(range(3), repeat=2):
+        places = [(column, math.sin), (column, math.cos), (row, math.sin), (row, math.cos)]
+        expected.append([wave(at / 10_000 ** (i / 3)) for at, wave in places for i in range(4)])
+    name = "positions.embedding.weight"
+    torch.testing.assert_close(model[name][-9:], torch.tensor(expected))
+    model[name][-9:] = normal[name][-9:]
+    assert all(torch.equal(model[name], tensor) for name, tensor in normal.items())
+
+
 def block_by_hand(block: EncoderBlock, z: torch.Tensor, heads: int, eps: float) -> torch.Tensor:
     """Eq. 2 and 3 of the paper in float64, with plain matrix products, head by head."""
     w = {name: t.double() for name, t in block.state_dict().items()}
@@ -131,47 +150,75 @@ def test_block_equals_attention_and_mlp_written_out(training):
     torch.testing.assert_close(block.float()(z), expected.float())
 
 
-def test_self_attention_and_its_gradients_equal_multihead_attention():
-    ours = SelfAttention(24, 3, batch_first=True)
-    torchs = nn.MultiheadAttention(24, 3, batch_first=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("heads", [1, 2, 3, 8])
+def test_self_attention_and_its_gradients_equal_multihead_attention(heads, dtype):
+    tolerance = dict(atol=1e-4 if dtype == torch.float32 else 1e-12, rtol=1e-5)
+    ours = SelfAttention(24, heads, batch_first=True, dtype=dtype)
+    for parameter in ours.parameters():  # the biases start as zeros
+        nn.init.normal_(parameter, std=0.3)
+    torchs = nn.MultiheadAttention(24, heads, batch_first=True, dtype=dtype)
     torchs.load_state_dict(ours.state_dict())
-    z = torch.randn(2, 7, 24)
-    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
-    out, expected = ours(a), torchs(b, b, b, need_weights=True)[0]  # its unfused path
-    torch.testing.assert_close(out, expected)
-    out.sin().sum().backward()
-    expected.sin().sum().backward()
-    torch.testing.assert_close(a.grad, b.grad)
-    for ours_p, torchs_p in zip(ours.parameters(), torchs.parameters(), strict=True):
-        torch.testing.assert_close(ours_p.grad, torchs_p.grad)
+    for length in (1, 7, 64):
+        z = torch.randn(2, length, 24, dtype=dtype)
+        a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+        # With the weights asked for, torch takes another path than its fused kernel.
+        expected, expected_A = torchs(b, b, b, need_weights=True, average_attn_weights=False)
+        out, A = ours(a), ours.weights_and_values(a)[0]
+        torch.testing.assert_close(out, expected, **tolerance)
+        torch.testing.assert_close(A, expected_A, **tolerance)
+        torch.testing.assert_close(A.sum(-1), torch.ones(2, heads, length, dtype=dtype))
+        grads = torch.autograd.grad(out.sin().sum(), [a, *ours.parameters()])
+        expected_grads = torch.autograd.grad(expected.sin().sum(), [b, *torchs.parameters()])
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(grad, expected_grad, **tolerance)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_drops_its_share_independently_and_keeps_the_mean(p):
-    x = torch.full((1000, 1001), 3.0, requires_grad=True)
-    y = Dropout(p)(x)
-    dropped = (y == 0).double()
-    deviation = math.sqrt(p * (1 - p) / x.numel())
-    assert abs(dropped.mean() - p) < 5 * deviation + 2**-16
-    # Neighbours along either axis are dropped together no more often than by chance.
-    for a, b in ((dropped[1:], dropped[:-1]), (dropped[:, 1:], dropped[:, :-1])):
-        assert abs((a * b).mean() - p * p) < 10 * deviation
-    assert torch.allclose(y[y != 0], torch.tensor(3 / (1 - p)), rtol=1e-3)
-    (gradient,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(gradient == 0, y == 0)
+def test_dropout_of_attention_drops_single_entries_of_A_and_keeps_their_mean(p):
+    batch, heads, size = 64, 4, 32  # as many tokens as a head is wide
+    eye, width = torch.eye(size), heads * size
+    attention = SelfAttention(width, heads, dropout=p, batch_first=True)
+    with torch.no_grad():  # v and the output projection are the identity: the output is A itself
+        attention.in_proj_weight[2 * width :] = torch.eye(width)
+        attention.out_proj.weight.copy_(torch.eye(width))
+        z = eye.repeat(batch, 1, heads)
+        A = attention.weights_and_values(z)[0]
+        train, evaluated = (
+            attention.train(training)(z).unflatten(2, (heads, size)).transpose(1, 2)
+            for training in (True, False)
+        )
+    torch.testing.assert_close(evaluated, A)
+    kept = train != 0
+    torch.testing.assert_close(train[kept], A[kept] / (1 - p))
+    q, n = 1 - p, A.numel()
+    assert abs(kept.double().mean() - q) < 5 * math.sqrt(p * q / n)
+    # Neighbours along any axis are kept together as often as independent draws would be.
+    for axis in range(4):
+        both = kept.unflatten(axis, (-1, 2)).all(axis + 1).double()
+        assert abs(both.mean() - q**2) < 5 * math.sqrt(q**2 * (1 - q**2) / both.numel())
 
 
-def test_dropout_of_nearly_everything_is_finite():
-    assert Dropout(1 - 1e-9)(torch.ones(100)).isfinite().all()
-
-
-def test_dropout_is_off_in_eval_mode_and_on_in_training():
-    model = ViT(drop_rate=0.5)
+def test_dropout_is_in_attention_mlps_and_before_the_head_in_training_only():
+    model = ViT(drop_rate=0.3)
     images = torch.randn(4, 3, 32, 32)
-    model.eval()
-    assert torch.equal(model(images), model(images))
-    model.train()
-    assert not torch.allclose(model(images), model(images))
+    places = {
+        name: module.dropout if isinstance(module, SelfAttention) else module.p
+        for name, module in model.named_modules()
+        if isinstance(module, (SelfAttention, nn.Dropout))
+    }
+    block = ("attention", "mlp.2", "mlp.4")
+    names = ["dropout", *(f"blocks.{i}.{name}" for i in (0, 1) for name in block)]
+    assert places == dict.fromkeys(names, 0.3)
+    with torch.no_grad():
+        expected = ViT(drop_rate=0.0)  # in training: without dropout that makes no difference
+        expected.load_state_dict(model.state_dict())
+        torch.testing.assert_close(model.eval()(images), expected(images))
+        for name in names:  # each place alone makes the logits random
+            alone = copy.deepcopy(expected)
+            module = alone.get_submodule(name)
+            setattr(module, "dropout" if name.endswith("attention") else "p", 0.3)
+            assert (alone(images) - expected(images)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("pool", ["mean", "class_token"])
@@ -206,6 +253,7 @@ def test_patches_permuted_with_their_positions_leave_the_logits_unchanged(pool):
         (dict(drop_rate=math.nan), "drop_rate nan"),
         (dict(norm_eps=0.0), "norm_eps 0.0"),
         (dict(pool="max"), "pool 'max'"),
+        (dict(position_init="sincos", embedding_dim=6), "embedding_dim 6"),
     ],
 )
 def test_numbers_that_cannot_work_are_refused_by_name(arguments, message):

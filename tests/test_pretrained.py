@@ -1,9 +1,12 @@
 """The paper's models: their size, torchvision's weights in them, and other resolutions."""
 
-import functools
+import email.message
+import io
 import json
-import pickle
 import re
+import urllib.error
+import urllib.response
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +18,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import evaluate
 import train
-import vit.pretrained
 from vit import PAPER, ViT, checkpoint
-from vit.config import InputError
+from vit.errors import InputError
 from vit.pretrained import from_torchvision, load_pretrained, resize_positions
 
 
@@ -181,7 +183,20 @@ def test_another_resolution_and_number_of_classes(weights_file, capsys):
     for name in state.keys() - {"head.weight", "head.bias", "positions.embedding.weight"}:
         assert torch.equal(state[name], weights[name])
     said = capsys.readouterr().err
-    assert "36 patches to 100" in said and "head of 7 classes" in said
+    assert "37 tokens to 101" in said and "head of 7 classes" in said
+
+
+def test_a_checkpoint_of_our_own_gives_its_averaged_weights_where_there_are_any(tmp_path):
+    trained, averaged = (ViT(**OURS_SMALL).state_dict() for _ in range(2))
+    for average, expected in ((averaged, averaged), (None, trained)):
+        checkpoint.save({"model": trained, "average": average}, tmp_path)
+        model = ViT(**OURS_SMALL | {"image_size": 40, "num_classes": 3})
+        load_pretrained(model, str(tmp_path / checkpoint.NAME))
+        state = model.state_dict()
+        assert not state.pop("head.weight").any() and not state.pop("head.bias").any()
+        positions = resize_positions(expected["positions.embedding.weight"], 101, 1)
+        assert torch.equal(state.pop("positions.embedding.weight"), positions)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
 
 
 def test_the_head_stays_where_the_number_of_classes_does(weights_file):
@@ -204,51 +219,47 @@ def spoiled(weights, how):
         weights["encoder.layers.encoder_layer_0.mlp.0.weight"] = torch.zeros(40, 36)
     elif how == "positions":
         weights["encoder.pos_embedding"] = torch.zeros(1, 1 + 35, 36)
-    elif how == "flat":
-        weights["conv_proj.weight"] = torch.zeros(())
+    elif how == "no class token":
+        del weights["class_token"]
     elif how == "not tensors":
         weights["conv_proj.bias"] = 3
-    elif how == "not names":
-        return {1: torch.zeros(3)}
     return weights
 
 
 @pytest.mark.parametrize(
     "how, message",
     {
-        "missing": "norm.bias is missing",
-        "headless": "head.bias is missing",
-        "unknown": "heads.pre_logits.weight is not in the model",
-        "twice": "encoder.layers.encoder_layer_1.mlp.linear_1.bias is not in the model",
-        "shape": "blocks.0.mlp.0.weight has shape (40, 36), the model's (50, 36)",
-        "positions": "positions.embedding.weight has shape (36, 36), the model's (37, 36)",
-        "flat": "projection.weight has shape",
-        "not names": "something else than named tensors",
-        "not tensors": "something else than named tensors",
+        "missing": 'Missing key(s) in state_dict: "norm.bias"',
+        "headless": 'Missing key(s) in state_dict: "head.bias"',
+        "no class token": 'Missing key(s) in state_dict: "class_token"',
+        "unknown": 'Unexpected key(s) in state_dict: "heads.pre_logits.weight"',
+        "twice": "blocks.1.mlp.0.bias",
+        "shape": "size mismatch for blocks.0.mlp.0.weight: copying a param with shape "
+        "torch.Size([40, 36]) from checkpoint, the shape in current model is torch.Size([50, 36])",
+        "positions": "positions.embedding.weight: 35 patches are no square",
+        "not tensors": "projection.bias",
     }.items(),
 )
-def test_weights_that_do_not_fit_are_refused_by_key(how, message, weights_file, tmp_path):
+def test_weights_that_do_not_fit_are_refused_in_one_line(how, message, weights_file, tmp_path):
     path = tmp_path / "spoiled.pth"
     torch.save(spoiled(torch.load(weights_file), how), path)
-    model = ViT(**OURS_SMALL)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(InputError, match=re.escape(message)) as error:
-        load_pretrained(model, str(path))
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
+        load_pretrained(ViT(**OURS_SMALL), str(path))
+    assert str(error.value).startswith(f"train.init_from {path}: ")
+    assert "\n" not in str(error.value)
 
 
-def test_only_a_few_of_many_differing_keys_are_named(weights_file):
-    with pytest.raises(InputError, match=r", and 39 more$") as error:
+def test_a_model_that_differs_everywhere_is_still_answered_in_a_short_line(weights_file):
+    with pytest.raises(InputError, match="Unexpected key") as error:
         load_pretrained(ViT(), str(weights_file))
-    assert len(str(error.value)) < 1000
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
 @pytest.fixture
 def torch_home(monkeypatch, tmp_path):
-    """An empty folder of torch's own downloads; what is downloaded there is what a test sets."""
+    """An empty folder of torch's own downloads."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "home"))
-    return tmp_path / "home"
+    return tmp_path / "home/checkpoints"
 
 
 def test_a_name_is_torchvisions_default_weights_downloaded_once(
@@ -256,43 +267,92 @@ def test_a_name_is_torchvisions_default_weights_downloaded_once(
 ):
     asked = []
 
-    def download(url, path, digest):
+    def download(url, path, digest, **_):
         asked.append((url, digest))
-        torch.save(torch.load(weights_file), path)
+        Path(path).write_bytes(weights_file.read_bytes())
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    linear = torchvision.models.ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1
-    for name in ("vit_b_16", "vit_b_16", "ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1"):
+    names = [f"vit_{name}" for name in ("b_16", "b_32", "l_16", "l_32", "h_14")]
+    for name in (*names, "vit_b_16"):
         model = ViT(**OURS_SMALL)
         load_pretrained(model, name)
         assert torch.equal(model.head.weight, torch.load(weights_file)["heads.head.weight"])
-    urls = [torchvision.models.ViT_B_16_Weights.DEFAULT.url, linear.url]
+    urls = [torchvision.models.get_model_weights(name).DEFAULT.url for name in names]
+    # With check_hash, torch compares the start of the SHA-256, which is in the name.
     assert asked == [(url, url.split("-")[-1].removesuffix(".pth")) for url in urls]
+    assert urls[0] == "https://download.pytorch.org/models/vit_b_16-c867db91.pth"
 
 
-@pytest.mark.parametrize("how", ["empty", "garbage", "truncated", "flipped", "code"])
-def test_a_damaged_or_malicious_download_is_refused(how, torch_home, weights_file, tmp_path):
-    content = bytearray(weights_file.read_bytes())
-    if how == "flipped":
-        content[len(content) // 2] ^= 1
-    elif how == "code":
-        content = pickle.dumps(functools.partial(open, tmp_path / "written", "w"))
-    else:
-        content = {"empty": b"", "garbage": b"abc", "truncated": content[:-500]}[how]
-    (torch_home / "checkpoints").mkdir(parents=True)
-    (torch_home / "checkpoints/vit_b_16-c867db91.pth").write_bytes(content)
-    with pytest.raises(InputError, match=r"train\.init_from vit_b_16: .") as error:
+def test_a_download_of_another_content_is_refused_and_not_kept(
+    torch_home, weights_file, monkeypatch
+):
+    def urlopen(request):
+        return urllib.response.addinfourl(
+            io.BytesIO(weights_file.read_bytes()), email.message.Message(), request.full_url
+        )
+
+    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
+    with pytest.raises(InputError, match=r"^train\.init_from vit_b_16: .*c867db91"):
         load_pretrained(ViT(**OURS_SMALL), "vit_b_16")
-    assert "\n" not in str(error.value)
+    assert list(torch_home.iterdir()) == []
 
 
-def test_a_download_that_fails_names_the_address(torch_home, monkeypatch):
-    def no_network(*_):
-        raise OSError("no network")
+def test_a_download_that_fails_is_one_line(torch_home, monkeypatch):
+    def urlopen(request):
+        raise urllib.error.URLError("no network")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(InputError, match=r"https://\S+vit_l_32\S+pth could not be .*: no network$"):
+    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
+    with pytest.raises(InputError, match=r"^train\.init_from vit_l_32: .*no network"):
         load_pretrained(ViT(), "vit_l_32")
+
+
+def damaged(content: bytes, how: str) -> bytes:
+    """Return what is left of a file of weights, or a file of something else."""
+    if how == "flipped":
+        middle = len(content) // 2
+        return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    if how in ("list", "numbers"):
+        buffer = io.BytesIO()
+        torch.save({"list": [torch.zeros(3)], "numbers": {1: torch.zeros(3)}}[how], buffer)
+        return buffer.getvalue()
+    return {"empty": b"", "garbage": b"abc", "truncated": content[:-500]}[how]
+
+
+@pytest.mark.parametrize("how", ["empty", "garbage", "truncated", "flipped", "list", "numbers"])
+def test_a_damaged_or_foreign_file_is_refused_in_one_line(how, torch_home, weights_file, tmp_path):
+    torch_home.mkdir(parents=True)
+    downloaded, named = torch_home / "vit_b_16-c867db91.pth", tmp_path / "named.pth"
+    files = [(named, str(named)), (downloaded, "vit_b_16")]
+    if how == "flipped":  # torch compares the digest of a download only when it comes
+        files.pop()
+    for path, source in files:
+        path.write_bytes(damaged(weights_file.read_bytes(), how))
+        with pytest.raises(InputError) as error:
+            load_pretrained(ViT(**OURS_SMALL), source)
+        line = str(error.value)
+        assert line.startswith(f"train.init_from {source}: ") and len(line.split()) > 2
+        assert "\n" not in line
+
+
+class Opens:
+    """Unpickled as code, not as weights, it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_not_run(zipped, torch_home, tmp_path):
+    torch_home.mkdir(parents=True)
+    written, named = tmp_path / "written", tmp_path / "named.pth"
+    for path, source in ((named, str(named)), (torch_home / "vit_b_16-c867db91.pth", "vit_b_16")):
+        torch.save(Opens(written), path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(InputError, match=f"^train.init_from {source}: ."):
+            load_pretrained(ViT(**OURS_SMALL), source)
+        assert not written.exists()
 
 
 def test_weights_of_16_bits_and_of_torchs_old_format_are_read(weights_file, tmp_path):
@@ -303,16 +363,11 @@ def test_weights_of_16_bits_and_of_torchs_old_format_are_read(weights_file, tmp_
     assert torch.equal(model.head.weight, half["heads.head.weight"].float())
 
 
-def test_the_number_of_heads_must_be_that_of_the_papers_model(weights_file, monkeypatch):
-    monkeypatch.setattr(vit.pretrained, "PAPER", {"ViT-S/4": OURS_SMALL})
-    with pytest.raises(InputError, match=r"num_heads is 2, the paper's .* 3$"):
-        load_pretrained(ViT(**OURS_SMALL | {"num_heads": 2}), str(weights_file))
-
-
-@pytest.mark.parametrize("name", ["vit_b16", "ViT_B_16_Weights.NO", "X_Weights.Y", "configs", ""])
-def test_an_unknown_name_is_answered_with_the_known_ones(name):
-    with pytest.raises(InputError, match="no such file, and none of torchvision's vit_b_16, "):
-        load_pretrained(ViT(), name)
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    known = "vit_b_16, vit_b_32, vit_h_14, vit_l_16, vit_l_32$"
+    for name in ("vit_b16", "resnet18", "configs", ""):
+        with pytest.raises(InputError, match=f"no such file, and none of torchvision's {known}"):
+            load_pretrained(ViT(), name)
 
 
 def finetune(weights, tmp_path, image_folder, *flags):
@@ -364,5 +419,5 @@ def test_train_refuses_weights_in_one_line_before_any_training(
     said = [line for line in capsys.readouterr().err.splitlines() if "device" not in line]
     assert len(said) == 1 and f"train.init_from {path}: " in said[0]
     assert broken != "missing" or "no such file" in said[0]
-    assert broken != "other model" or "mlp.0.weight has shape (50, 36)" in said[0]
+    assert broken != "other model" or "size mismatch for blocks.0.mlp.0.weight" in said[0]
     assert not (tmp_path / "run").exists()

@@ -1,28 +1,25 @@
-"""train.py as a user runs it: what it writes, repeats, refuses, and how it stops."""
+"""train.py as a user runs it: what it writes, what each key of the recipe does, what it refuses."""
 
 import csv
-import fcntl
+import dataclasses
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_tiny_config
-from test_config import MUTATIONS
+from conftest import ROOT
 
 import train
-import vit.evaluation
-from vit import checkpoint
-from vit.config import DataConfig
+import vit.run
+from vit import ViT, checkpoint
+from vit.config import DataConfig, TrainConfig
 from vit.data import load_dataset
-from vit.run import COLUMNS
 
-ROOT = Path(train.__file__).parent
+COLUMNS = ["epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate"]
+COLUMNS += ["images_per_second", "seconds"]
+AS_THEY_ARE = ("--model.drop_rate", "0", "--train.crop_padding", "0")
+AS_THEY_ARE += ("--train.horizontal_flip", "false")  # nothing random happens to the images
 
 
 def weights(run_dir):
@@ -38,92 +35,158 @@ def read_rows(run_dir):
         return list(csv.DictReader(file))
 
 
-def test_a_run_writes_its_folder_and_prints_a_summary(run_train, tmp_path, image_folder):
+def loss_and_accuracy(model, split, mean, std):
+    """The same as vit.evaluation's, in one batch and from the pixels on."""
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
+    with torch.no_grad():
+        logits = model.eval()(((split.images / 255.0 - mean) / std).float())
+    hits = (logits.argmax(1) == split.labels).double().mean().item()
+    return F.cross_entropy(logits, split.labels).item(), 100 * hits
+
+
+def test_a_run_writes_its_folder_and_prints_a_summary(run_train, tmp_path):
     code, out, err = run_train()
     run_dir = tmp_path / "run"
-    assert code == 0 and "device cpu" in err
+    assert code == 0 and "device cpu" in err and "float32" in err
     names = {"config.yaml", "metrics.csv", "curves.png", checkpoint.NAME, checkpoint.PREVIOUS}
     assert {f.name for f in run_dir.iterdir()} == names
     rows = read_rows(run_dir)
     assert [row["epoch"] for row in rows] == ["1", "2"] and list(rows[0]) == COLUMNS
-    lines = out.splitlines()
-    assert lines[0].startswith("epoch 1/2: ") and lines[1].startswith("epoch 2/2: ")
-    assert "of 60 images" in out and str(run_dir) in out
     picture = matplotlib.image.imread(run_dir / "curves.png")
     assert picture.shape[0] > 300 and picture[..., :3].std() > 0.05
 
     # The numbers of the last row and of the test are those of the weights in the checkpoint.
-    model, preprocess, config, _ = checkpoint.load_model(run_dir / checkpoint.NAME)
+    saved = checkpoint.load(run_dir / checkpoint.NAME)
+    model, _, config, _ = checkpoint.load_model(run_dir / checkpoint.NAME)
     data = load_dataset(config.data, 16, 3)
-    for split, accuracy, loss in (
-        (data.val, float(rows[1]["val_accuracy"]), float(rows[1]["val_loss"])),
-        (data.test, checkpoint.load(run_dir / checkpoint.NAME)["test"]["accuracy"], None),
-    ):
-        x = split.images.double() / 255
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preprocess.mean, preprocess.std))
-        logits = model.eval()(((x - mean) / std).float())
-        hits = (logits.argmax(1) == split.labels).double().mean().item()
-        assert accuracy == pytest.approx(100 * hits)
-        if loss:
-            assert loss == pytest.approx(F.cross_entropy(logits, split.labels).item(), rel=1e-4)
+    loss, accuracy = loss_and_accuracy(model, data.val, data.mean, data.std)
+    assert float(rows[1]["val_loss"]) == pytest.approx(loss, rel=1e-4)
+    assert float(rows[1]["val_accuracy"]) == pytest.approx(accuracy)
+    loss, accuracy = loss_and_accuracy(model, data.test, data.mean, data.std)
+    assert saved["test"]["loss"] == pytest.approx(loss, rel=1e-4)
+    assert saved["test"]["accuracy"] == pytest.approx(accuracy) and saved["test"]["images"] == 60
+
+    lines = out.splitlines()
+    assert lines[0].startswith("epoch 1") and lines[1].startswith("epoch 2")
+    for row, line in zip(rows, lines, strict=False):
+        for name in ("train_loss", "val_loss", "val_accuracy"):
+            assert f"{name} {float(row[name]):.5g}" in line
+    count = sum(tensor.numel() for tensor in saved["model"].values())
+    summary = "\n".join(lines[2:])
+    assert f"{count:,}" in summary and f"{accuracy:.2f} % of 60 images" in summary
+    assert str(run_dir) in summary
 
 
-def test_the_written_configuration_reproduces_the_run(run_train, tmp_path, capsys):
+def test_the_written_configuration_reproduces_the_run_and_another_seed_does_not(
+    run_train, tmp_path
+):
     run_train("--train.ema_decay", "0.5", "--model.drop_rate", "0.3")
-    again = tmp_path / "again"
-    assert train.main(["--config", str(tmp_path / "run/config.yaml"), "--run_dir", str(again)]) == 0
-    assert same(weights(tmp_path / "run"), weights(again))
-    assert "run" not in (tmp_path / "run/config.yaml").read_text().split()
+    written, weights_of = tmp_path / "run/config.yaml", {}
+    for name, flags in (("again", ()), ("other", ("--train.seed", "4"))):
+        argv = ["--config", str(written), "--run_dir", str(tmp_path / name), *flags]
+        assert train.main(argv) == 0
+        weights_of[name] = weights(tmp_path / name)
+    assert same(weights(tmp_path / "run"), weights_of["again"])
+    assert not same(weights_of["other"], weights_of["again"])
 
 
-def test_the_same_command_gives_the_same_bits_and_another_seed_others(run_train, tmp_path):
-    run_train(run_dir="a"), run_train(run_dir="b")
-    run_train("--train.seed", "4", run_dir="c")
-    a, b, c = (weights(tmp_path / name) for name in "abc")
-    assert same(a, b) and not same(a, c)
+def test_a_run_makes_the_steps_of_a_plain_loop(run_train, tmp_path, saved_weights, monkeypatch):
+    """The run's batches, given to torch's own parts, lead to the run's weights and metrics."""
+    batches, real = [], train.training_step
+
+    def spy(state, images, labels, *rest, **options):
+        batches.append((images.clone(), labels.clone()))
+        real(state, images, labels, *rest, **options)
+
+    monkeypatch.setattr(train, "training_step", spy)
+    flags = ("--train.optimizer", "sgd", "--train.learning_rate", "0.1", *AS_THEY_ARE)
+    flags += ("--train.weight_decay", "0.01", "--train.clip_norm", "0.5")
+    flags += ("--train.label_smoothing", "0.1", "--train.warmup_fraction", "0.25")
+    assert run_train(*flags, "--train.schedule", "cosine")[0] == 0
+
+    # An epoch's batches are all training images, each once, and in another order each time.
+    data = load_dataset(checkpoint.load_model(tmp_path / "run" / checkpoint.NAME)[2].data, 16, 3)
+    pixels = [image.numpy().tobytes() for images, _ in batches for image in images]
+    first, second = pixels[:48], pixels[48:]
+    every = sorted(image.numpy().tobytes() for image in data.train.images)
+    assert sorted(first) == sorted(second) == every and first != second
+
+    model = ViT(image_size=16, embedding_dim=16, num_blocks=1, mlp_dim=16, num_classes=3)
+    model.load_state_dict(saved_weights[0])  # before the first step
+    model.eval()  # without dropout
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    losses, norms = [], []
+    for step, (images, labels) in enumerate(batches):
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - 3) / 9))
+        rate = 0.1 * ((step + 1) / 4 if step < 3 else cosine)
+        sgd.param_groups[0]["lr"] = rate
+        loss = cross_entropy(model((images / 255 - mean) / std), labels)
+        sgd.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        sgd.step()
+        losses.append(loss.item())
+        if step % 6 == 5:
+            row = read_rows(tmp_path / "run")[step // 6]
+            assert float(row["train_loss"]) == pytest.approx(sum(losses[-6:]) / 6, rel=1e-4)
+            assert float(row["learning_rate"]) == pytest.approx(rate, rel=1e-5)
+    assert min(norms) < 0.5 < max(norms)  # the limit mattered, and not always
+    torch.testing.assert_close(weights(tmp_path / "run"), model.state_dict(), atol=1e-5, rtol=1e-4)
 
 
-# One value of every train key that must change the weights, and what it is changed from.
+# One value of every key that must change the weights; the tiny configuration has another one.
 EFFECTS = {
-    "epochs": "3",
-    "batch_size": "7",
-    "accumulation_steps": "4",
-    "optimizer": "adam",
-    "learning_rate": "2e-3",
-    "weight_decay": "0.1",
-    "clip_norm": "1e-9",
-    "schedule": "cosine",
-    "warmup_fraction": "0.5",
-    "label_smoothing": "0.1",
-    "crop_padding": "0",
-    "horizontal_flip": "false",
-    "precision": "bfloat16",
+    "train.epochs": "3",
+    "train.batch_size": "7",
+    "train.accumulation_steps": "4",
+    "train.optimizer": "adam",
+    "train.learning_rate": "2e-3",
+    "train.weight_decay": "0.1",
+    "train.clip_norm": "1e-9",
+    "train.schedule": "cosine",
+    "train.warmup_fraction": "0.5",
+    "train.label_smoothing": "0.1",
+    "train.crop_padding": "0",
+    "train.horizontal_flip": "false",
+    "train.seed": "4",
+    "train.precision": "bfloat16",
+    "data.image_size": "8",
+    "data.normalization": "imagenet",
+    "data.val_fraction": "0.25",
+    "data.split_seed": "1",
+    "model.drop_rate": "0",
 }
+# Those that must not change them here, or that other tests are about.
+NO_EFFECT = {"init_from", "teacher", "device", "execution", "ema_decay", "checkpoint_minutes"}
+NO_EFFECT |= {"deterministic", "evaluate_test"}
 
 
-@pytest.fixture(scope="module")
-def plain_weights(tmp_path_factory, image_folder):
-    """The weights that the tiny configuration as it is ends with."""
-    tmp = tmp_path_factory.mktemp("plain")
-    config = write_tiny_config(tmp, image_folder)
-    assert train.main(["--config", str(config), "--run_dir", str(tmp / "run")]) == 0
-    return weights(tmp / "run")
-
-
-@pytest.mark.parametrize("key", EFFECTS)
-def test_every_key_of_the_recipe_changes_the_weights(key, plain_weights, run_train, tmp_path):
-    assert run_train(f"--train.{key}", EFFECTS[key])[0] == 0
-    assert not same(weights(tmp_path / "run"), plain_weights)
+def test_every_key_of_the_recipe_changes_the_weights(run_train, tmp_path, monkeypatch):
+    monkeypatch.setattr(vit.run, "plot_curves", lambda *_: None)  # not what this is about, and slow
+    keys = {field.name for field in dataclasses.fields(TrainConfig)} - NO_EFFECT
+    tried = {key.split(".")[1] for key in EFFECTS if key.startswith("train.")}
+    assert tried == keys - {"muon_learning_rate"}, "a new key belongs to one of the two tables"
+    assert run_train(run_dir="plain")[0] == 0
+    plain = weights(tmp_path / "plain")
+    for key, value in EFFECTS.items():
+        assert run_train(f"--{key}", value, run_dir=key)[0] == 0
+        assert not same(weights(tmp_path / key), plain), key
+    for rate in ("0.02", "0.04"):
+        flags = ("--train.optimizer", "muon", "--train.muon_learning_rate", rate)
+        assert run_train(*flags, run_dir=rate)[0] == 0
+    assert not same(weights(tmp_path / "0.02"), weights(tmp_path / "0.04"))
 
 
 def test_a_batch_in_parts_gives_the_weights_of_the_whole_batch(run_train, tmp_path, monkeypatch):
-    sizes, real = set(), train.ViT.forward
+    sizes, real = set(), ViT.forward
 
     def forward(model, images):
         sizes.add(len(images) if model.training else None)
         return real(model, images)
 
-    monkeypatch.setattr(train.ViT, "forward", forward)
+    monkeypatch.setattr(ViT, "forward", forward)
     for parts in (1, 2, 8):
         sizes.clear()
         flags = ("--train.accumulation_steps", str(parts), "--model.drop_rate", "0")
@@ -155,12 +218,6 @@ def test_a_clipped_gradient_has_the_norm_of_the_limit_and_a_smaller_one_is_left(
     torch.testing.assert_close(direction, steps["0"] / steps["0"].norm(), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("key, value", [("normalization", "imagenet"), ("image_size", "8")])
-def test_the_keys_of_the_images_change_the_weights(key, value, plain_weights, run_train, tmp_path):
-    assert run_train(f"--data.{key}", value)[0] == 0
-    assert not same(weights(tmp_path / "run"), plain_weights)
-
-
 def test_only_a_batch_is_enlarged(run_train, monkeypatch):
     seen, real = set(), train.Preprocess.forward
 
@@ -169,9 +226,9 @@ def test_only_a_batch_is_enlarged(run_train, monkeypatch):
         return real(preprocess, images)
 
     monkeypatch.setattr(train.Preprocess, "forward", forward)
-    monkeypatch.setattr(vit.evaluation, "batch_size", lambda model: 5)
     assert run_train("--data.image_size", "8", "--train.accumulation_steps", "4")[0] == 0
-    assert seen == {(n, torch.uint8, 8) for n in (2, 5, 12 % 5)}  # 12 and 60 images are evaluated
+    # Never the 48 training images: parts of a batch, and the 12 and 60 that are evaluated.
+    assert seen == {(n, torch.uint8, 8) for n in (2, 12, 60)}
 
 
 def test_a_device_without_enough_memory_is_one_line(run_train, monkeypatch):
@@ -183,209 +240,75 @@ def test_a_device_without_enough_memory_is_one_line(run_train, monkeypatch):
     assert code == 1 and "train.accumulation_steps" in err and "Traceback" not in err
 
 
-def test_muon_trains_and_its_learning_rate_matters(run_train, tmp_path):
-    for name, rate in (("a", "0.02"), ("b", "0.04")):
-        flags = ("--train.optimizer", "muon", "--train.muon_learning_rate", rate)
-        assert run_train(*flags, run_dir=name)[0] == 0
-    assert not same(weights(tmp_path / "a"), weights(tmp_path / "b"))
-
-
 def test_the_averaged_weights_follow_the_formula_and_are_the_ones_evaluated(
     run_train, tmp_path, saved_weights
 ):
-    two_steps = ("--train.batch_size", "24", "--train.epochs", "1")
-    run_train("--train.ema_decay", "0.75", "--train.checkpoint_minutes", "1e-9", *two_steps)
-    _, one, two = saved_weights[:3]  # before the first step, after it, after the second
-    model, *_ = checkpoint.load_model(tmp_path / "run" / checkpoint.NAME)
+    flags = ("--train.ema_decay", "0.75", "--train.checkpoint_minutes", "1e-9")
+    run_train(*flags, "--train.batch_size", "24", "--train.epochs", "1")
+    zero, one, two = saved_weights[:3]  # before the first step, after it, after the second
+    model, _, config, _ = checkpoint.load_model(tmp_path / "run" / checkpoint.NAME)
     for name, average in model.state_dict().items():
-        torch.testing.assert_close(average, 0.75 * one[name] + 0.25 * two[name])
-    assert not same(one, two)
+        first = 0.75 * zero[name] + 0.25 * one[name]
+        torch.testing.assert_close(average, 0.75 * first + 0.25 * two[name])
+    assert not same(zero, one) and not same(one, two)
+    data, (row,) = load_dataset(config.data, 16, 3), read_rows(tmp_path / "run")
+    averaged = loss_and_accuracy(model, data.val, data.mean, data.std)
+    model.load_state_dict(two)
+    last = loss_and_accuracy(model, data.val, data.mean, data.std)
+    assert abs(last[0] - averaged[0]) > 1e-3
+    assert float(row["val_loss"]) == pytest.approx(averaged[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("value", ["true", "false"])
-def test_deterministic_lets_torch_refuse_kernels_that_are_not(value, run_train, monkeypatch):
-    seen = []
-    real = train.step_if
+def test_deterministic_lets_torch_refuse_kernels_that_are_not(run_train, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen, real = [], train.training_step
 
-    def step_if(*arguments):
+    def spy(*arguments, **options):
         seen.append(torch.are_deterministic_algorithms_enabled())
-        real(*arguments)
+        real(*arguments, **options)
 
-    monkeypatch.setattr(train, "step_if", step_if)
-    assert run_train("--train.deterministic", value)[0] == 0
-    torch.use_deterministic_algorithms(False)
-    assert set(seen) == {value == "true"}
+    monkeypatch.setattr(train, "training_step", spy)
+    for value in ("true", "false"):
+        seen.clear()
+        assert run_train("--train.deterministic", value, run_dir=value)[0] == 0
+        assert set(seen) == {value == "true"}
 
 
-def test_evaluate_test_false_leaves_the_test_images_untouched(run_train, tmp_path):
+def test_evaluate_test_false_leaves_the_test_images_untouched(run_train, tmp_path, monkeypatch):
+    counts, real = [], train.evaluate
+
+    def spy(model, split, *rest):
+        counts.append(len(split.labels))
+        return real(model, split, *rest)
+
+    monkeypatch.setattr(train, "evaluate", spy)
     code, out, _ = run_train("--train.evaluate_test", "false")
-    assert code == 0 and "test accuracy" not in out
+    assert code == 0 and "test accuracy" not in out and counts == [12, 12]
     assert checkpoint.load(tmp_path / "run" / checkpoint.NAME)["test"] is None
+    run_train(run_dir="with")
+    assert counts[2:] == [12, 12, 60]  # once, at the end
 
 
-def test_training_learns(run_train):
-    _, out, _ = run_train("--train.epochs", "12", "--train.learning_rate", "3e-3")
-    accuracy = float(out.split("test accuracy")[1].split()[0])
-    assert accuracy > 90  # the three colours are easy to tell apart; chance is 33
-
-
-def test_an_existing_folder_is_never_overwritten(run_train, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "mine.txt").write_text("keep")
-    code, _, err = run_train()
-    assert code == 2 and f"--resume {tmp_path / 'run'}" in err and "--run_dir" in err
-    assert [f.name for f in (tmp_path / "run").iterdir()] == ["mine.txt"]
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (("--train.batch_size", "100"), "train.batch_size 100 is more than the 48 images"),
-        (("--train.device", "mps"), "train.device mps"),
-        (("--data.root", "no/such"), "no/such/train: no such folder"),
-        (("--model.num_classes", "4"), "model.num_classes 4"),
-        (("--train.epochs", "0"), "--train.epochs 0"),
-        (("--data.root", "\0"), "data.root"),
-    ],
-)
-def test_bad_input_is_one_line_exit_code_2_and_no_folder(flags, message, run_train, tmp_path):
-    code, _, err = run_train(*flags)
-    assert code == 2 and not (tmp_path / "run").exists()
-    assert message in err and "Traceback" not in err
-    assert len([line for line in err.splitlines() if line.startswith("train.py:")]) == 1
-
-
-def test_a_run_folder_that_cannot_be_made_is_one_line(run_train, tmp_path):
-    (tmp_path / "file").write_text("")
-    code, _, err = run_train(run_dir="file/run")
-    assert code == 2 and "file/run" in err and "Traceback" not in err
-
-
-def write_mutation(folder, key, value):
-    section, name = key.split(".")
-    folder.mkdir(exist_ok=True)
-    (folder / "bad.yaml").write_text(f"{section}: {{{name}: {value}}}\n")
-    return folder / "bad.yaml"
-
-
-def check_refusal(code, out, err, config, key):
-    section, name = key.split(".")
-    assert code == 2 and out == ""
-    assert len(err.splitlines()) == 1 and str(config) in err and "Traceback" not in err
-    assert name in err or f"{section}: a model of this size cannot be built" in err
-    assert [f.name for f in config.parent.iterdir()] == ["bad.yaml"]
-
-
-@pytest.mark.parametrize("key, value, why", MUTATIONS)
-def test_every_mutation_is_one_line_with_file_and_key(key, value, why, tmp_path, capsys):
-    config = write_mutation(tmp_path, key, value)
-    code = train.main(["--config", str(config), "--run_dir", str(tmp_path / "run")])
-    check_refusal(code, *capsys.readouterr(), config, key)
-
-
-def test_ten_mutations_through_the_script_itself(tmp_path):
-    running = []
-    for i, (key, value, _) in enumerate(MUTATIONS[:: len(MUTATIONS) // 10][:10]):
-        config = write_mutation(tmp_path / str(i), key, value)
-        command = [sys.executable, ROOT / "train.py", "--config", config]
-        command += ["--run_dir", config.parent / "run"]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        running.append((key, config, subprocess.Popen(command, **pipes)))
-    assert len(running) == 10
-    for key, config, process in running:
-        out, err = process.communicate()
-        check_refusal(process.returncode, out, err, config, key)
-
-
-def test_a_diverging_learning_rate_stops_and_leaves_a_finite_checkpoint(run_train, tmp_path):
-    code, _, err = run_train("--train.learning_rate", "1e38", "--model.drop_rate", "0")
-    assert code == 1 and "not finite in epoch 1, step " in err and "learning rate 1e+38" in err
-    assert "Traceback" not in err
-    state = checkpoint.load(tmp_path / "run" / checkpoint.NAME)
-    assert state["step"] == 0 and state["rows"] == []
-    assert all(tensor.isfinite().all() for tensor in state["model"].values())
-
-
-@pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_no_update_is_made_from_the_first_step_that_is_not_finite(
-    bad, run_train, tmp_path, monkeypatch
-):
-    real, calls, models = F.cross_entropy, [], []
-
-    def broken(logits, labels, **options):
-        calls.append(1)
-        loss = real(logits, labels, **options)
-        if len(calls) != 4:
-            return loss
-        # sqrt at 0: the value is finite and its gradient is not
-        return loss * math.nan if bad == "loss" else loss + (logits.sum() * 0).sqrt()
-
-    original = train.make_optimizers
-
-    def spy(model, settings):
-        models.append(model)
-        return original(model, settings)
-
-    monkeypatch.setattr(train, "make_optimizers", spy)
-    monkeypatch.setattr(train.F, "cross_entropy", broken)
-    code, _, err = run_train("--train.checkpoint_minutes", "1e-9", "--train.precision", "float32")
-    assert code == 1 and "epoch 1, step 4" in err
-    state = checkpoint.load(tmp_path / "run" / checkpoint.NAME)
-    assert state["step"] == 3 and same(state["model"], models[0].state_dict())
-
-
-def test_a_disk_error_while_saving_is_said_and_training_goes_on(run_train, tmp_path, monkeypatch):
-    real, calls = checkpoint.save, []
-
-    def fail_once(state, folder):
-        calls.append(1)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        real(state, folder)
-
-    monkeypatch.setattr(checkpoint, "save", fail_once)
-    code, _, err = run_train()
-    assert code == 0 and err.count("No space left on device") == 1
-    assert len(read_rows(tmp_path / "run")) == 2
-
-
-@pytest.mark.parametrize("first", [1, 3])
-def test_a_disk_that_stays_full_ends_the_run_with_the_reason(
-    first, run_train, tmp_path, monkeypatch
-):
-    real, calls = os.fsync, []
-
-    def full(descriptor):
-        calls.append(1)
-        if len(calls) > 4 * (first - 1):
-            raise OSError(28, "No space left on device")
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    code, _, err = run_train()
-    assert code != 0 and "No space left on device" in err and "Traceback" not in err
-    files = {f.name for f in (tmp_path / "run").glob("*")}
-    assert not any(name.endswith(".tmp") for name in files)
-    if first == 1:
-        assert not (tmp_path / "run").exists()  # as if it had not begun
-    else:
-        checkpoint.load(tmp_path / "run" / checkpoint.NAME)
-
-
-def test_a_second_process_on_the_same_folder_is_refused(run_train, tmp_path, capsys):
-    run_train("--train.epochs", "1")
-    folder = os.open(tmp_path / "run", os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    before = (tmp_path / "run" / checkpoint.NAME).read_bytes()
-    assert train.main(["--resume", str(tmp_path / "run")]) == 2
-    assert "another process" in capsys.readouterr().err
-    os.close(folder)
-    assert (tmp_path / "run" / checkpoint.NAME).read_bytes() == before
+def test_bad_input_is_one_line_exit_code_2_and_no_folder(run_train, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for flag, value, message in (
+        ("--train.batch_size", "100", "train.batch_size 100 is more than the 48 training images"),
+        ("--train.device", "mps", "device mps"),
+        ("--data.root", "no/such", "no/such/train: "),
+        ("--model.num_classes", "4", "model.num_classes 4"),
+        ("--train.epochs", "0", "train.epochs"),
+        ("--data.root", "\0", "embedded null"),
+    ):
+        code, out, err = run_train(flag, value)
+        assert code == 2 and out == "" and not (tmp_path / "run").exists()
+        assert message in err and "Traceback" not in err
+        lines = [line for line in err.splitlines() if not line.startswith("device cpu")]
+        assert len(lines) == 1 and lines[0].startswith("train.py: "), lines
 
 
 def test_shapes_are_learnt_by_the_model_and_not_by_a_linear_classifier(tmp_path, capsys):
     argv = ["--config", str(ROOT / "configs/shapes.yaml"), "--run_dir", str(tmp_path / "run")]
-    assert train.main([*argv, "--train.device", "cpu"]) == 0
+    assert train.main([*argv, "--train.device", "cpu", "--train.epochs", "2"]) == 0
     accuracy = checkpoint.load(tmp_path / "run" / checkpoint.NAME)["test"]["accuracy"]
     # Ridge regression onto one-hot targets is trained to convergence by one solve. The strength
     # that is best on the test images is taken, in the linear classifier's favour.
@@ -401,4 +324,4 @@ def test_shapes_are_learnt_by_the_model_and_not_by_a_linear_classifier(tmp_path,
         linear = max(linear, 100 * hits)
     with capsys.disabled():
         print(f"\nshapes, test accuracy: model {accuracy:.1f} %, linear classifier {linear:.1f} %")
-    assert accuracy > 90 and linear < 60
+    assert accuracy > 65 and linear < 40  # chance is 10

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vit.config import TrainConfig
+
 
 def crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
     """Pad every image with black and cut a window of the original size out of it.
@@ -28,15 +30,15 @@ def flip(images: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask[:, None, None, None], images.flip(-1), images)
 
 
-def augment(images: Tensor, crop_padding: int, horizontal_flip: bool) -> Tensor:
-    """Crop at random, then flip every second image on average, with the device's own generator.
+def augment(images: Tensor, labels: Tensor, recipe: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Crop and mirror at random, with the device's own generator, as the recipe says.
 
-    Shapes: (B, C, S, S) → (B, C, S, S), the same type.
+    Shapes: (B, C, S, S), (B,) → the same.
     """
     batch, device = len(images), images.device
-    if crop_padding:
-        corners = torch.randint(2 * crop_padding + 1, (2, batch), device=device)
-        images = crop(images, crop_padding, *corners)
-    if horizontal_flip:
+    if recipe.crop_padding:
+        corners = torch.randint(2 * recipe.crop_padding + 1, (2, batch), device=device)
+        images = crop(images, recipe.crop_padding, *corners)
+    if recipe.horizontal_flip:
         images = flip(images, torch.rand(batch, device=device) < 0.5)
-    return images
+    return images, labels

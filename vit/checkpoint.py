@@ -1,37 +1,108 @@
-"""Files that are either whole or not there, and a checkpoint that is read only when it is whole."""
+"""What training changes, and files of it that are either whole or not there."""
 
+import copy
 import io
+import math
 import os
-import shutil
+import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from vit.config import Config, InputError
+from vit.config import Config
 from vit.data import Preprocess
+from vit.distributed import wrap
+from vit.errors import InputError
 from vit.model import ViT
 
-FORMAT = "vit checkpoint 1"
-PARTS = {"config", "classes", "mean", "std", "model", "average", "optimizers"}
-PARTS |= {"step", "loss_sum", "rows", "test"}
-NAME = "checkpoint.pt"
-PREVIOUS = "checkpoint.previous.pt"
+FORMAT = "vit checkpoint 2"
+NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill a temporary file in the same folder, then rename it to `path`.
+class TrainState:
+    """Everything that training changes.
 
-    Raises:
-        OSError: where that fails; `path` is untouched then, and the temporary file is gone.
+    Attributes:
+        average: the model with averaged weights, updated as W ← decay·W + (1 - decay)·weights.
+        loss_sum: of the mean losses of this epoch's steps, on the device.
+        step, seconds, images: steps done; and of this epoch, over all sittings.
+        history, test: a row of metrics for each finished epoch; the result on the test images.
+    """
+
+    numbers = ("step", "seconds", "images", "history", "test")
+
+    def __init__(self, model: ViT, optimizers: list[Optimizer], ema_decay: float = 0.0):
+        self.model, self.optimizers = model, optimizers
+        self.network = wrap(model)  # what computes the logits: also exchanges gradients
+        self.average = copy.deepcopy(model) if ema_decay else None
+        self.blend = get_ema_multi_avg_fn(ema_decay)
+        self.loss_sum = torch.zeros((), device=model.head.weight.device)
+        self.step, self.seconds, self.images, self.history, self.test = 0, 0.0, 0, [], None
+        self.ticked = time.perf_counter()
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Move the averaged weights towards the weights, without waiting for the device."""
+        if self.average:
+            self.blend(list(self.average.parameters()), list(self.model.parameters()), None)
+
+    def tick(self) -> float:
+        """Count the time since the last call, and return the seconds of this epoch."""
+        now = time.perf_counter()
+        self.seconds, self.ticked = self.seconds + now - self.ticked, now
+        return self.seconds
+
+    def end_epoch(self, row: dict[str, float]) -> None:
+        """Add a row to the history and start to count anew."""
+        self.history.append(row | {"seconds": self.tick()})
+        self.seconds, self.images = 0.0, 0
+        self.loss_sum.zero_()
+
+    def is_finite(self) -> bool:
+        """Say, with one reduction, whether loss, weights, averages and optimiser state are."""
+        tensors = [self.loss_sum, *self.model.parameters()]
+        tensors += self.average.parameters() if self.average else []
+        for optimizer in self.optimizers:
+            tensors += [t for own in optimizer.state.values() for t in own.values()]
+        tensors = [t.detach() for t in tensors if isinstance(t, Tensor)]
+        return bool(get_total_norm(tensors, math.inf).isfinite())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.numbers} | {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "loss_sum": self.loss_sum,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        if self.average:
+            self.average.load_state_dict(saved["average"])
+        for optimizer, own in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"].to(self.loss_sum.device)
+        self.loss_sum.copy_(saved["loss_sum"])
+        for name in self.numbers:
+            setattr(self, name, saved[name])
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a temporary file in the same folder, then rename it to `path`.
+
+    Raises OSError where that fails; `path` is untouched then, and the temporary file is gone.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -40,106 +111,84 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         raise
     if os.name == "posix":  # the rename itself reaches the disk with its folder
         folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        os.fsync(folder)
+        os.close(folder)
 
 
-def save(state: dict, folder: Path) -> None:
-    """Write `state` to the folder's checkpoint, and keep the one before as the previous one.
+def save(content: dict[str, Any], folder: Path) -> None:
+    """Write the folder's checkpoint, and keep the one before as the previous one.
 
-    Raises:
-        OSError: where that fails; the folder's checkpoint is the same as before then.
+    Raises OSError where that fails; the folder's checkpoint is the same as before then.
     """
-    path = folder / NAME
-    content = io.BytesIO()  # torch.save turns the errors of a disk into others of its own
-    torch.save({"format": FORMAT} | state, content)
-
-    def write(file: BinaryIO) -> None:
-        file.write(content.getbuffer())
-        if path.exists():  # only now that the new one fits on the disk
-            _keep(path, folder / PREVIOUS)
-
-    write_atomically(path, write)
+    path, buffer = folder / NAME, io.BytesIO()
+    torch.save({"format": FORMAT} | content, buffer)
+    if path.exists():
+        write_atomically(folder / PREVIOUS, path.read_bytes())
+    write_atomically(path, buffer.getvalue())
 
 
-def _keep(path: Path, previous: Path) -> None:
-    temporary = previous.with_name(previous.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(path, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, temporary)
-        os.replace(temporary, previous)
-    finally:  # also where both were links to one file already, which rename leaves as they are
-        temporary.unlink(missing_ok=True)
-
-
-def read_verified(path: Path) -> Any:
-    """Read a file of torch.save onto the CPU, after its checksums were compared.
-
-    Raises:
-        Exception: of almost any type, where the file is damaged.
-    """
+def read_verified(path: str | Path) -> Any:
+    """Read a file of torch.save onto the CPU. Raises almost anything where it is damaged."""
     with zipfile.ZipFile(path) as archive:  # torch.load itself compares no checksums
-        damaged = archive.testzip()
-    if damaged:
-        raise ValueError(f"the checksum of {damaged} does not agree")
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged} does not agree")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load(path: Path) -> dict:
-    """Read a checkpoint onto the CPU, after the checksum of every part of it has been verified.
-
-    Raises:
-        InputError: naming the file, where it is missing, damaged or of another program.
-    """
-    path = Path(path)
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Raises InputError, naming the file, where that fails."""
+    previous, advice = path.with_name(PREVIOUS), ""
+    if path.name == NAME and previous.is_file():
+        advice = f"; the one before it is {previous}: rename it to {NAME} to go on from there"
     try:
-        state = read_verified(path)
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ValueError("it is of another program")
-        if missing := PARTS - state.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        saved = read_verified(path)
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise ValueError("it is of another program, or of another version of this one")
+        if not isinstance(saved.get("config"), dict):
+            raise ValueError("it holds no configuration")
+        return saved
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file{_offer_previous(path)}") from None
+        raise InputError(f"{path}: no such file{advice}") from None
     except Exception as error:  # a damaged archive or pickle raises almost anything
         fault = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fault = f"{path}: not a checkpoint that can be used: {fault}"
-        raise InputError(fault + _offer_previous(path)) from None
-    return state
+        raise InputError(f"{path}: not a checkpoint that can be used: {fault}{advice}") from None
 
 
-def load_model(path: Path) -> tuple[ViT, Preprocess, Config, list[str]]:
-    """Build the model of a checkpoint, its preprocessing, configuration and class names.
+def load_model(path: str | Path) -> tuple[ViT, Preprocess, Config, list[str]]:
+    """Build a checkpoint's model, preprocessing, configuration and class names.
 
-    Where the run averaged its weights, these are the averaged ones.
-
-    Raises:
-        InputError: as `load`, and where the weights do not fit the configuration.
+    Where the run averaged its weights, these are the averaged ones. Raises InputError, naming the
+    file, where it cannot be used.
     """
-    state = load(path)
+    saved = load(Path(path))
     try:
-        config = Config.from_dict(state["config"])
+        config = Config.from_dict(saved["config"])
         model = ViT(**config.model)
-        if state["average"]:
-            average = AveragedModel(model)
-            average.load_state_dict(state["average"])
-            model = average.module
-        else:
-            model.load_state_dict(state["model"])
-        normalization = config.data.normalization
-        preprocess = Preprocess(state["mean"], state["std"], model.image_size, normalization)
-        return model, preprocess, config, state["classes"]
-    except (KeyError, TypeError, RuntimeError, InputError) as error:
-        fault = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: its parts do not fit each other: {fault}") from None
+        model.load_state_dict(saved["average"] or saved["model"])
+        preprocess = Preprocess(saved["mean"], saved["std"], model.image_size)
+        return model, preprocess, config, saved["classes"]
+    except (KeyError, TypeError, AttributeError, RuntimeError, InputError) as error:
+        raise InputError(f"{path}: its parts do not fit each other: {error!s:.200}") from None
 
 
-def _offer_previous(path: Path) -> str:
-    previous = path.with_name(PREVIOUS)
-    if path.name != NAME or not previous.is_file():
-        return ""
-    return f"; the one before it is {previous}: rename it to {NAME} to go on from there"
+def load_teacher(path: str, fingerprint: str, device: torch.device) -> tuple[ViT, Preprocess]:
+    """Load the model whose soft targets a run learns from.
+
+    Raises InputError where it was trained on other images than those of the fingerprint.
+    """
+    model, preprocess, *_ = load_model(path)
+    if load(Path(path))["fingerprint"] != fingerprint:
+        raise InputError(f"train.teacher {path}: trained on other images, or another split of them")
+    return model.to(device), preprocess.to(device)
+
+
+def publish(source: str, target: str) -> None:
+    """Write the weights of a CIFAR-10 checkpoint that are evaluated, without what trained them."""
+    saved = load(Path(source))
+    weights = saved["average"] or saved["model"]
+    kept = {name: saved[name] for name in ("classes", "mean", "std", "fingerprint", "test")}
+    saved["config"]["data"] |= {"name": "cifar10", "root": "data"}
+    buffer = io.BytesIO()
+    content = {"format": FORMAT, "config": saved["config"], "model": weights, "average": None}
+    torch.save(content | kept, buffer)
+    write_atomically(Path(target), buffer.getvalue())

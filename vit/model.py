@@ -6,7 +6,7 @@ Our argument names and the paper's symbols:
     num_heads k         mlp_dim "MLP size"                 num_classes K
 
 Shape letters: B images, C = 3 channels, N = (H / P)² patches, S tokens (N, or N + 1 with a
-class token).
+class token), D_h = D / k.
 """
 
 from typing import Literal
@@ -44,47 +44,45 @@ class PositionalEmbedding(nn.Module):
     def __init__(self, num_tokens: int, embedding_dim: int):
         super().__init__()
         self.embedding = nn.Embedding(num_tokens, embedding_dim)
-        # A buffer moves with the module; not persistent, since it holds nothing learned.
-        self.register_buffer("index", torch.arange(num_tokens), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.embedding(self.index)
+        return x + self.embedding.weight  # every position once, in order
+
+
+def sincos_positions(grid: int, embedding_dim: int) -> Tensor:
+    """Return sines and cosines of the column and the row of each patch, D/4 frequencies each.
+
+    Shapes: → (grid², D), of row-major patches.
+    """
+    frequencies = 10_000 ** -torch.linspace(0, 1, embedding_dim // 4)
+    row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    angles = [place.flatten()[:, None] * frequencies for place in (column, row)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
 
 
 class SelfAttention(nn.MultiheadAttention):
-    """nn.MultiheadAttention of a sequence with itself, MSA(z) of Eq. 2 (Appendix A, Eq. 5-8).
+    """Multi-head self-attention, MSA(z) of Eq. 2, as Appendix A writes it (Eq. 5-8).
 
-    The same parameters and the same function as its parent. It is faster to train, since it never
-    copies q, k and v apart.
+    The parameters, initial values and results are those of its parent, nn.MultiheadAttention.
+    Written out, since torch's fused kernel is slow on a CPU for sequences as short as ours.
 
     Shapes: (B, S, D) → (B, S, D).
     """
 
     def forward(self, z: Tensor) -> Tensor:
-        qkv = F.linear(z, self.in_proj_weight, self.in_proj_bias)  # (B, S, 3·D)
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)  # (B, S, k, D/k)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, k, S, D/k)
-        heads = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(heads.transpose(1, 2).flatten(2))
+        A, v = self.weights_and_values(z)  # Eq. 5 and 6
+        A = F.dropout(A, self.dropout, self.training)
+        heads = A @ v  # Eq. 7, (B, k, S, D_h)
+        return self.out_proj(heads.transpose(1, 2).flatten(2))  # Eq. 8, U_msa
 
+    def weights_and_values(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A, of which row i says where token i looks and sums to 1, and v.
 
-class Dropout(nn.Dropout):
-    """nn.Dropout that draws its mask on a CPU from 16 random bits a value.
-
-    torch draws a CPU's masks value by value, which is a fifth of a training step of the small
-    model. The probability is rounded to a multiple of 2⁻¹⁶.
-
-    Shapes: any → the same.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or x.device.type != "cpu":
-            return super().forward(x)
-        words = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-        bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [-2¹⁵, 2¹⁵)
-        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of 2¹⁶
-        keep = bits.float().ge_(dropped - 2**15).mul_(2**16 / (2**16 - dropped))
-        return x * keep.to(x.dtype)
+        Shapes: (B, S, D) → (B, k, S, S), (B, k, S, D_h).
+        """
+        qkv = F.linear(z, self.in_proj_weight, self.in_proj_bias)  # Eq. 5, U_qkv: (B, S, 3·D)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return F.softmax(q @ k.mT / self.head_dim**0.5, dim=-1), v  # Eq. 6
 
 
 class EncoderBlock(nn.Module):
@@ -98,14 +96,14 @@ class EncoderBlock(nn.Module):
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(embedding_dim, norm_eps)
-        self.attention = SelfAttention(embedding_dim, num_heads, batch_first=True)
+        self.attention = SelfAttention(embedding_dim, num_heads, drop_rate, batch_first=True)
         self.norm2 = nn.LayerNorm(embedding_dim, norm_eps)
         self.mlp = nn.Sequential(
             nn.Linear(embedding_dim, mlp_dim),
             nn.GELU(),
-            Dropout(drop_rate),
+            nn.Dropout(drop_rate),
             nn.Linear(mlp_dim, embedding_dim),
-            Dropout(drop_rate),
+            nn.Dropout(drop_rate),
         )
 
     def forward(self, z: Tensor) -> Tensor:
@@ -129,10 +127,11 @@ class ViT(nn.Module):
         num_heads: attention heads of a block; divides embedding_dim.
         mlp_dim: hidden width of a block's MLP.
         num_classes: number of classes, the width of the logits.
-        drop_rate: dropout probability in the MLPs and before the head, in [0, 1).
-        norm_eps: the epsilon of every LayerNorm.
+        drop_rate: dropout probability in attention, in MLPs and before the head, in [0, 1).
+        norm_eps: the epsilon of every LayerNorm, in (0, 1).
         pool: what the head sees: the mean over the patches, or a learned class token.
         final_norm: apply the LayerNorm of Eq. 4 after the last block.
+        position_init: where learned positions start: N(0, 1), or 2-D sines and cosines.
 
     Raises:
         ValueError: naming the argument, where a number cannot work or an input does not fit.
@@ -151,6 +150,7 @@ class ViT(nn.Module):
         norm_eps: float = 1e-5,
         pool: Literal["mean", "class_token"] = "mean",
         final_norm: bool = False,
+        position_init: Literal["normal", "sincos"] = "normal",
     ):
         super().__init__()
         sizes = dict(image_size=image_size, patch_size=patch_size, embedding_dim=embedding_dim)
@@ -162,31 +162,30 @@ class ViT(nn.Module):
             raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}")
         if embedding_dim % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide embedding_dim {embedding_dim}")
-        if not 0 <= drop_rate < 1:
+        if not 0 <= drop_rate < 1:  # not nan either
             raise ValueError(f"drop_rate {drop_rate} is outside [0, 1)")
         if not 0 < norm_eps < 1:
             raise ValueError(f"norm_eps {norm_eps} is outside (0, 1)")
         if pool not in ("mean", "class_token"):
             raise ValueError(f"pool {pool!r} is neither 'mean' nor 'class_token'")
+        if position_init == "sincos" and embedding_dim % 4:
+            raise ValueError(f"embedding_dim {embedding_dim} is not divided by 4 (position_init)")
         self.image_size = image_size
-        num_tokens = (image_size // patch_size) ** 2
+        grid = image_size // patch_size
+        num_tokens = grid**2 + (pool == "class_token")
 
         self.patches = Patches(patch_size)
         self.projection = nn.Linear(CHANNELS * patch_size**2, embedding_dim)  # E of Eq. 1
-        if pool == "class_token":
-            num_tokens += 1
-            self.class_token = nn.Parameter(torch.zeros(embedding_dim))
-        else:
-            self.class_token = None
+        self.class_token = None if pool == "mean" else nn.Parameter(torch.zeros(embedding_dim))
         self.positions = PositionalEmbedding(num_tokens, embedding_dim)
-        self.blocks = nn.Sequential(
-            *(
-                EncoderBlock(embedding_dim, num_heads, mlp_dim, drop_rate, norm_eps)
-                for _ in range(num_blocks)
+        if position_init == "sincos":  # a class token's row stays as it is
+            self.positions.embedding.weight.data[-grid * grid :] = sincos_positions(
+                grid, embedding_dim
             )
-        )
+        block = embedding_dim, num_heads, mlp_dim, drop_rate, norm_eps
+        self.blocks = nn.Sequential(*(EncoderBlock(*block) for _ in range(num_blocks)))
         self.norm = nn.LayerNorm(embedding_dim, norm_eps) if final_norm else nn.Identity()
-        self.dropout = Dropout(drop_rate)
+        self.dropout = nn.Dropout(drop_rate)
         self.head = nn.Linear(embedding_dim, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -204,25 +203,16 @@ class ViT(nn.Module):
         return self.head(self.dropout(y))  # (B, K)
 
 
-# Table 1 of the paper, at 224 px and with the 1000 classes of ImageNet. Dropout is not part of it.
+# Table 1 of the paper, at 224 px and with ImageNet's 1000 classes. Dropout is not part of it.
+_ALL = dict(image_size=224, num_classes=1000, drop_rate=0.0, norm_eps=1e-6)
+_ALL |= dict(pool="class_token", final_norm=True)
+_BASE = _ALL | dict(num_blocks=12, embedding_dim=768, mlp_dim=3072, num_heads=12)
+_LARGE = _ALL | dict(num_blocks=24, embedding_dim=1024, mlp_dim=4096, num_heads=16)
+_HUGE = _ALL | dict(num_blocks=32, embedding_dim=1280, mlp_dim=5120, num_heads=16)
 PAPER = {
-    f"ViT-{size}/{patch_size}": dict(
-        image_size=224,
-        patch_size=patch_size,
-        embedding_dim=embedding_dim,
-        num_blocks=num_blocks,
-        num_heads=num_heads,
-        mlp_dim=4 * embedding_dim,
-        num_classes=1000,
-        drop_rate=0.0,
-        norm_eps=1e-6,
-        pool="class_token",
-        final_norm=True,
-    )
-    for size, num_blocks, embedding_dim, num_heads, patch_sizes in (
-        ("B", 12, 768, 12, (16, 32)),
-        ("L", 24, 1024, 16, (16, 32)),
-        ("H", 32, 1280, 16, (14,)),
-    )
-    for patch_size in patch_sizes
+    "ViT-B/16": _BASE | dict(patch_size=16),
+    "ViT-B/32": _BASE | dict(patch_size=32),
+    "ViT-L/16": _LARGE | dict(patch_size=16),
+    "ViT-L/32": _LARGE | dict(patch_size=32),
+    "ViT-H/14": _HUGE | dict(patch_size=14),
 }

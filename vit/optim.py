@@ -1,41 +1,90 @@
-"""Optimisers, the learning-rate schedule, and an update that a bad gradient cannot reach."""
+"""Optimisers that never wait for the device, and the learning-rate schedule."""
 
 import math
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from vit.config import TrainConfig
 from vit.model import ViT
 
 
-def make_optimizers(model: ViT, config: TrainConfig) -> list[Optimizer]:
+class Muon(Optimizer):
+    """torch.optim.Muon for all matrices of one shape at a time, in a third of the operations.
+
+    Momentum, then its nearest (semi-)orthogonal matrix (Jordan et al., 2024), whose learning rate
+    is scaled by √max(1, rows / columns); decoupled weight decay.
+    """
+
+    def __init__(self, groups: list[dict], weight_decay: float, momentum: float = 0.95):
+        super().__init__(groups, dict(weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            rate, momentum, shapes = group["lr"], group["momentum"], {}
+            for p in group["params"]:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), matrices in shapes.items():
+                grads = [p.grad for p in matrices]
+                buffers = [self.state[p]["momentum_buffer"] for p in matrices]
+                torch._foreach_lerp_(buffers, grads, 1 - momentum)
+                nesterov = torch._foreach_lerp(grads, buffers, momentum)
+                scaled_rate = rate * max(1, rows / columns) ** 0.5
+                updates = orthogonalize(torch.stack(nesterov)).to(rate.dtype) * scaled_rate
+                torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
+                torch._foreach_sub_(matrices, list(updates.unbind()))
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Bring all singular values near 1 by five Newton-Schulz steps in bfloat16.
+
+    Shapes: (n, rows, columns) → the same, in bfloat16.
+    """
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.bfloat16().mT if is_tall else matrices.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
+    for _ in range(5):
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
+    return x.mT if is_tall else x
+
+
+def make_optimizers(model: ViT, recipe: TrainConfig) -> list[Optimizer]:
     """Return optimisers that together hold every parameter of the model exactly once.
 
     One for "adam", "adamw" and "sgd"; "muon" is Muon for the matrices of the blocks and AdamW for
     everything else.
     """
-    rest = list(model.parameters())
-    options = dict(lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    if config.optimizer == "adam":
-        return [Adam(rest, **options)]
-    if config.optimizer == "adamw":
-        return [AdamW(rest, **options)]
-    if config.optimizer == "sgd":
-        return [SGD(rest, momentum=0.9, **options)]
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    rest = [p for p in rest if all(p is not matrix for matrix in matrices)]
-    muon = dict(lr=config.muon_learning_rate, weight_decay=config.weight_decay, momentum=0.95)
-    return [Muon(matrices, **muon), AdamW(rest, **options)]
+    if recipe.optimizer != "muon":
+        matrices = []
+    rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    kind = {"adam": Adam, "sgd": SGD}.get(recipe.optimizer, AdamW)
+    options = dict(momentum=0.9) if kind is SGD else {}
+    decay, rate = recipe.weight_decay, recipe.learning_rate
+    optimizers = [kind(_group(rest, rate), weight_decay=decay, fused=True, **options)]
+    if matrices:
+        optimizers.insert(0, Muon(_group(matrices, recipe.muon_learning_rate), decay))
+    return optimizers
 
 
-def schedule(step: int, total_steps: int, config: TrainConfig) -> float:
+def _group(parameters: list[Tensor], rate: float) -> list[dict]:
+    # On the device, so that a captured step reads what `set_learning_rates` has written.
+    lr = torch.tensor(rate, device=parameters[0].device, dtype=parameters[0].dtype)
+    return [{"params": parameters, "lr": lr, "initial_lr": rate}]
+
+
+def learning_rate_factor(step: int, total_steps: int, recipe: TrainConfig) -> float:
     """Return the learning rate at a step, counted from 0, as a factor of the highest one."""
-    warmup = config.warmup_fraction * total_steps
+    warmup = recipe.warmup_fraction * total_steps
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    if config.schedule == "constant":
+    if recipe.schedule == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
 
@@ -44,40 +93,4 @@ def set_learning_rates(optimizers: list[Optimizer], factor: float) -> None:
     """Set every learning rate to `factor` times the one its optimiser was made with."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = optimizer.defaults["lr"] * factor
-
-
-@torch.no_grad()
-def step_if(finite: Tensor, optimizers: list[Optimizer]) -> None:
-    """Update the parameters where `finite`, a bool on their device, is true, else leave them.
-
-    The host does not wait for the answer: the device itself masks the update.
-    """
-    for optimizer in optimizers:
-        if isinstance(optimizer, Muon):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            before = [p.clone() for p in parameters]
-            optimizer.step()
-            for p, old in zip(parameters, before, strict=True):
-                p.copy_(torch.where(finite, p, old))
-        else:
-            optimizer.found_inf = (~finite).float()  # the fused kernels skip the update themselves
-            optimizer.step()
-
-
-class FiniteGuard:
-    """Remembers, on the device, the first step whose loss or gradient was not finite."""
-
-    def __init__(self, device: torch.device):
-        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-
-    def check(self, loss: Tensor, gradient_norm: Tensor, step: int) -> Tensor:
-        """Return a bool tensor: whether this step and every one before it were finite."""
-        finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
-        self._first_bad = torch.where(finite | (self._first_bad >= 0), self._first_bad, step)
-        return self._first_bad < 0
-
-    def first_bad_step(self) -> int | None:
-        """Read the answer, which waits for the device."""
-        step = self._first_bad.item()
-        return None if step < 0 else step
+            group["lr"].fill_(group["initial_lr"] * factor)

@@ -1,22 +1,27 @@
-"""Training speed of train.py's loop against a loop written as a tutorial would write it.
+"""Training speed: our step, a tutorial's loop, and other libraries' models in our step.
 
-    python -m tests.benchmarks.throughput [--rounds 5] [--batch_size 64]
+    python -m tests.benchmarks.throughput [--rounds 5] [--batch_sizes 64 500]
 
-Both train the same model from the same images in memory with the same recipe (AdamW 1e-3, flip,
-crop, dropout 0.1, float32 on a CPU), in turn. The tutorial's loop is a DataLoader of 2 workers that
-transforms PIL images one by one, attention that returns its weights, and .item() at every step.
+All train the default model's sizes on generated images of 32 px: AdamW, flip and crop, dropout 0.1
+in attention, in MLPs and before the head. Rounds alternate between the loops, each in a process of
+its own; the table gives the median images/s, and the median over the rounds of the ratio to the
+tutorial's loop in the same round.
+
+- tutorial: a DataLoader of 2 workers with PIL transforms, nn.MultiheadAttention that returns its
+  weights, float32, .item() at every step.
+- ours: training_step of train.py, eager, compiled and (on CUDA) captured, in float32 and in the
+  machine's best precision.
+- torchvision, timm, SimpleViT (vit-pytorch): their models of the same width, depth, heads and MLP
+  in our step, eager. torchvision's and timm's have a class token and a final norm; SimpleViT's has
+  fixed positions, norms around its patches and no dropout, so it is compared at dropout 0.
 """
 
 import argparse
-import contextlib
-import csv
-import io
+import dataclasses
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +31,21 @@ from torchvision import transforms
 
 import train
 from vit import ViT
-from vit.data import mean_and_std, shapes
+from vit.checkpoint import TrainState
+from vit.config import TrainConfig
+from vit.data import Preprocess, Split
+from vit.optim import make_optimizers
+from vit.shapes import draw_shapes
+from vit.step import pick_device, prepare
+
+MEAN, STD = [0.5] * 3, [0.25] * 3
+FLOP = 80.2e6  # of training the default model on one image: forward and twice that backward
 
 
 class TutorialImages(torch.utils.data.Dataset):
     """What torchvision's CIFAR10 does for one image: an array in memory → PIL → transforms."""
 
-    def __init__(self, split):
+    def __init__(self, split: Split):
         self.arrays = split.images.permute(0, 2, 3, 1).contiguous().numpy()
         self.labels = split.labels.tolist()
         self.transform = transforms.Compose(
@@ -40,7 +53,7 @@ class TutorialImages(torch.utils.data.Dataset):
                 transforms.RandomHorizontalFlip(),
                 transforms.RandomCrop(32, padding=4),
                 transforms.ToTensor(),
-                transforms.Normalize(*mean_and_std(split.images)),
+                transforms.Normalize(MEAN, STD),
             ]
         )
 
@@ -52,12 +65,12 @@ class TutorialImages(torch.utils.data.Dataset):
 
 
 class TutorialBlock(nn.Module):
-    """The block of vit.model with torch's own attention, weights computed, and nn.Dropout."""
+    """The block of vit.model with torch's own attention, whose weights are computed."""
 
     def __init__(self, width=256, heads=2, drop_rate=0.1):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.attention = nn.MultiheadAttention(width, heads, drop_rate, batch_first=True)
         self.mlp = nn.Sequential(
             nn.Linear(width, width),
             nn.GELU(),
@@ -72,74 +85,175 @@ class TutorialBlock(nn.Module):
         return self.mlp(self.norm2(z)) + z
 
 
-def tutorial_model() -> ViT:
+def generated(count: int) -> Split:
+    return Split(*map(torch.from_numpy, draw_shapes(count, seed=0)))
+
+
+def measure_tutorial(batch_size: int, seconds: float) -> float:
+    """Return the images/s of a loop as tutorials write it, without its first 10 steps."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loader = torch.utils.data.DataLoader(
+        TutorialImages(generated(20_000)), batch_size, True, num_workers=2, drop_last=True
+    )
     model = ViT()
     model.blocks = nn.Sequential(TutorialBlock(), TutorialBlock())
-    model.dropout = nn.Dropout(0.1)
-    return model
-
-
-def tutorial_loop(batch_size: int) -> float:
-    """Train for one epoch of whole batches, the first 10 uncounted; return images/s."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    split = shapes(9_000, seed=0)  # as many as ours trains on; what they show has no effect
-    loader = torch.utils.data.DataLoader(
-        TutorialImages(split), batch_size, True, num_workers=2, drop_last=True
-    )
-    model = tutorial_model().to(device)
+    model = model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
-    total = 0.0
-    for step, (images, labels) in enumerate(loader):
-        if step == 10:  # the workers have started and the kernels are loaded
+    total, steps = 0.0, -10
+    while True:
+        for images, labels in loader:
+            if steps == 0:  # the workers have started and the kernels are loaded
+                started = time.perf_counter()
+            images, labels = images.to(device), labels.to(device)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+            steps += 1
+            if steps > 0 and (passed := time.perf_counter() - started) > seconds:
+                return steps * batch_size / passed
+
+
+def torchvision_model(drop_rate: float) -> nn.Module:
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    sizes = dict(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=256)
+    drop = dict(dropout=drop_rate, attention_dropout=drop_rate)
+    return VisionTransformer(**sizes, mlp_dim=256, num_classes=10, **drop)
+
+
+def timm_model(drop_rate: float) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = dict(img_size=32, patch_size=8, depth=2, num_heads=2, embed_dim=256, mlp_ratio=1)
+    drop = dict(drop_rate=drop_rate, proj_drop_rate=drop_rate, attn_drop_rate=drop_rate)
+    return VisionTransformer(**sizes, num_classes=10, **drop)
+
+
+def simple_vit(drop_rate: float) -> nn.Module:
+    from vit_pytorch import SimpleViT
+
+    return SimpleViT(
+        image_size=32, patch_size=8, depth=2, heads=2, dim=256, mlp_dim=256, num_classes=10
+    )
+
+
+MODELS = {
+    "ours": lambda drop_rate: ViT(drop_rate=drop_rate),
+    "torchvision": torchvision_model,
+    "timm": timm_model,
+    "SimpleViT": simple_vit,
+}
+
+
+def measure(
+    name: str,
+    execution: str,
+    precision: str,
+    batch_size: int,
+    seconds: float,
+    optimizer: str = "adamw",
+) -> float:
+    """Return the images/s of our training step around a model, without its first steps."""
+    model_name, _, drop = name.partition(" ")
+    device, _ = pick_device("auto", precision)
+    recipe = TrainConfig(batch_size=batch_size, execution=execution, precision=precision)
+    rate = 0.02 if optimizer == "muon" else 0.0
+    recipe = dataclasses.replace(recipe, optimizer=optimizer, muon_learning_rate=rate)
+    model = MODELS[model_name](0.0 if drop else 0.1)
+    for part in ("blocks", "head"):  # where TrainState and the optimisers look
+        if not hasattr(model, part):
+            model.add_module(part, nn.Linear(1, 1))
+    model = model.to(device).train()
+    state = TrainState(model, make_optimizers(model, recipe))
+    inputs = dict(preprocess=Preprocess(MEAN, STD, 32).to(device))
+    step = prepare(train.training_step, train.batch_loss, state, recipe, **inputs)
+    images, labels = (t.to(device) for t in generated(max(9_000, 2 * batch_size)))
+    steps = -5
+    while True:
+        if steps == 0:
+            state.loss_sum.item()  # waits for the device
             started = time.perf_counter()
-        images, labels = images.to(device), labels.to(device)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        total += loss.item()
-    return (len(loader) - 10) * batch_size / (time.perf_counter() - started)
+        batch = torch.randint(len(labels), (batch_size,), device=device)
+        step(images[batch], labels[batch])
+        steps += 1
+        if steps > 0 and steps % 10 == 0:
+            state.loss_sum.item()
+            if (passed := time.perf_counter() - started) > seconds:
+                return steps * batch_size / passed
 
 
-def our_loop(batch_size: int) -> float:
-    """Run train.py itself for 2 epochs of 9,000 images; return the images/s of the second."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        config = Path(folder) / "benchmark.yaml"
-        config.write_text(
-            f"data: {{name: shapes}}\ntrain: {{epochs: 2, batch_size: {batch_size}}}\n"
-        )
-        argv = ["--config", str(config), "--run_dir", f"{folder}/run"]
-        with contextlib.redirect_stdout(io.StringIO()):
-            assert train.main([*argv, "--train.batch_size", str(batch_size)]) == 0
-        with open(f"{folder}/run/metrics.csv") as file:
-            return float(list(csv.DictReader(file))[-1]["images_per_second"])
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a product of two matrices, the best of ten."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, best = torch.randn(size, size, device=device).to(dtype), 0.0
+    for _ in range(10):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=5, help="of each measurement")
+    on_cuda = torch.cuda.is_available()
+    sizes = [64, 500, 4096] if on_cuda else [64, 500]
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=sizes)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.loop:
-        print(LOOPS[args.loop](args.batch_size))
+    if args.one:
+        name, execution, precision, batch_size = args.one
+        if name == "tutorial":
+            print(measure_tutorial(int(batch_size), args.seconds))
+        else:
+            print(measure(name, execution, precision, int(batch_size), args.seconds))
         return
-    device = "cuda" if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {device}, batch {args.batch_size}, images/s:")
-    print(f"{'round':>6}" + "".join(f"{name:>12}" for name in LOOPS) + f"{'ratio':>8}")
-    command = [sys.executable, "-m", "tests.benchmarks.throughput"]
-    command += ["--batch_size", str(args.batch_size), "--loop"]
-    ratios = []
-    for i in range(1, args.rounds + 1):  # each in a process of its own, so that neither slows both
-        speeds = [float(subprocess.check_output([*command, name])) for name in LOOPS]
-        ratios.append(speeds[1] / speeds[0])
-        print(
-            f"{i:>6}" + "".join(f"{s:>12.0f}" for s in speeds) + f"{ratios[-1]:>8.2f}", flush=True
-        )
-    print(f"median ratio {statistics.median(ratios):.2f}")
+
+    device, best = pick_device("auto", "auto")
+    rates = {p: matrix_rate(device, getattr(torch, p)) for p in {"float32", best}}
+    said = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {p}" for p, rate in rates.items())
+    print(f"torch {torch.__version__}; matrix products: {said}", flush=True)
+    executions = ["eager", "compiled"] + (["graph"] if on_cuda else [])
+    loops = [("tutorial", "eager", "float32")]
+    loops += [("ours", e, p) for p in dict.fromkeys(["float32", best]) for e in executions]
+    loops += [(name, "eager", best) for name in ("torchvision", "timm")]
+    loops += [("ours 0", "eager", best), ("SimpleViT 0", "eager", best)]
+    for batch_size in args.batch_sizes:
+        print_table(loops, batch_size, rates, args)
 
 
-LOOPS = {"tutorial": tutorial_loop, "train.py": our_loop}
+def print_table(loops: list[tuple], batch_size: int, rates: dict[str, float], args) -> None:
+    speeds: dict[tuple, list[float]] = {loop: [] for loop in loops}
+    for _ in range(args.rounds):
+        for loop in loops:
+            command = [sys.executable, "-m", "tests.benchmarks.throughput"]
+            command += ["--seconds", str(args.seconds), "--one", *loop, str(batch_size)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                speeds[loop].append(float(done.stdout.split()[-1]))
+            elif "No module named" in done.stderr:
+                speeds[loop] = []
+            else:
+                print(f"{' '.join(loop)} failed: {done.stderr.strip().splitlines()[-1]}")
+    print(f"\nbatch {batch_size}, {args.rounds} rounds of {args.seconds:g} s")
+    head = f"{'loop':<14}{'execution':<11}{'precision':<11}{'images/s':>10}{'min':>9}{'max':>9}"
+    print(head + f"{'/ tutorial':>12}{'of products':>13}")
+    base = speeds[loops[0]]
+    for loop, found in speeds.items():
+        name, execution, precision = loop
+        start = f"{name:<14}{execution:<11}{precision:<11}"
+        if not found:
+            print(start + "  not installed")
+            continue
+        ratios = [a / b for a, b in zip(found, base, strict=False)]
+        share = statistics.median(found) * FLOP / rates[precision]
+        numbers = [statistics.median(found), min(found), max(found)]
+        row = f"{numbers[0]:>10.0f}{numbers[1]:>9.0f}{numbers[2]:>9.0f}"
+        print(start + row + f"{statistics.median(ratios):>12.2f}{100 * share:>11.0f} %", flush=True)
+
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,184 @@
+"""Two processes of torchrun (gloo, on the CPU) against one. As a script, this file is a worker."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_tiny_config
+
+import train
+from vit import ViT, checkpoint
+from vit.config import TrainConfig
+from vit.data import Preprocess, Split
+from vit.distributed import RANK, WORLD_SIZE, processes, share
+from vit.evaluation import evaluate
+from vit.optim import make_optimizers
+
+ROOT = Path(train.__file__).parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def train_ten_steps(optimizer: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the weights after 10 steps of 12 images in 2 parts, without augmentation, dropout."""
+    rate = 0.02 if optimizer == "muon" else 0.0
+    recipe = TrainConfig(optimizer=optimizer, muon_learning_rate=rate, accumulation_steps=2)
+    recipe = TrainConfig(**vars(recipe) | dict(crop_padding=0, horizontal_flip=False))
+    torch.manual_seed(RANK)  # unequal weights, which the first process's must replace
+    if WORLD_SIZE == 1 or RANK == 0:
+        torch.manual_seed(0)
+    model = ViT(image_size=16, embedding_dim=16, mlp_dim=16, drop_rate=0.0).to(dtype)
+    preprocess = Preprocess([0.5] * 3, [0.2] * 3, 16).to(dtype)
+    state = checkpoint.TrainState(model, make_optimizers(model, recipe))
+    loss_of = train.batch_loss if dtype == torch.float32 else loss_in_float64
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(10):
+        images = torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(10, (12,), generator=generator)
+        train.training_step(state, share(images), share(labels), recipe, preprocess, loss_of)
+    return model.state_dict()
+
+
+def loss_in_float64(network, images, labels, recipe, preprocess):
+    return torch.nn.functional.cross_entropy(network(preprocess(images)), labels)
+
+
+def evaluate_eleven_images() -> tuple[float, float]:
+    torch.manual_seed(2)
+    split = Split(torch.randint(256, (11, 3, 16, 16), dtype=torch.uint8), torch.arange(11) % 10)
+    model = ViT(image_size=16, embedding_dim=16, mlp_dim=16)
+    return evaluate(model, split, Preprocess([0.5] * 3, [0.2] * 3, 16), "float32")
+
+
+def images_of_an_epoch(folder: Path, config: str) -> list[int]:
+    """Return which training images this process is given in an epoch, by running train.main."""
+    seen = []
+
+    def recording_prepare(*_, **__):
+        return lambda images, labels: seen.extend(images.flatten(1).sum(1).tolist())
+
+    train.prepare = recording_prepare
+    train.processes = contextlib.nullcontext  # this worker has joined them already
+    assert train.main(["--config", config, "--run_dir", str(folder / "epoch")]) == 0
+    return seen
+
+
+CASES = [("sgd", torch.float32), ("adamw", torch.float64), ("muon", torch.float64)]
+
+
+def work(folder: Path, config: str) -> None:
+    with processes(torch.device("cpu")):
+        result = {name: train_ten_steps(name, dtype) for name, dtype in CASES}
+        result["eleven"] = evaluate_eleven_images()
+        result["epoch"] = images_of_an_epoch(folder, config)
+    torch.save(result, folder / f"{WORLD_SIZE}-{RANK}.pt")
+
+
+def torchrun(*arguments) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    return subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, **pipes)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, image_folder):
+    """What one process and each of two return from `work`."""
+    tmp = tmp_path_factory.mktemp("distributed")
+    config = write_tiny_config(tmp, image_folder, epochs=1, crop_padding=0, horizontal_flip="false")
+    one = [sys.executable, __file__, tmp, config]
+    subprocess.run(list(map(str, one)), check=True, capture_output=True, env=ENVIRONMENT)
+    (tmp / "epoch").rename(tmp / "epoch of one")
+    process = torchrun(__file__, tmp, config)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 0, error
+    names = {"one": "1-0", "rank 0": "2-0", "rank 1": "2-1"}
+    return {key: torch.load(tmp / f"{name}.pt") for key, name in names.items()}
+
+
+@pytest.mark.parametrize("name, tolerance", [("sgd", 1e-6), ("adamw", 1e-10), ("muon", 1e-10)])
+def test_ten_steps_of_two_processes_give_the_weights_of_one(name, tolerance, results):
+    # Adam turns the rounding noise of the key bias, whose exact gradient is 0, into full steps:
+    # only float64 tells it from an error.
+    for rank in ("rank 0", "rank 1"):
+        for key, tensor in results["one"][name].items():
+            assert (tensor - results[rank][name][key]).abs().max() < tolerance, key
+
+
+def test_every_training_image_is_used_once_in_an_epoch(results):
+    assert len(results["rank 0"]["epoch"]) == len(results["rank 1"]["epoch"]) == 24
+    both = sorted(results["rank 0"]["epoch"] + results["rank 1"]["epoch"])
+    assert both == sorted(results["one"]["epoch"]) and len(set(both)) > 40
+
+
+def test_every_test_image_is_counted_once_where_they_do_not_divide(results):
+    for rank in ("rank 0", "rank 1"):
+        assert results[rank]["eleven"] == pytest.approx(results["one"]["eleven"], rel=1e-6)
+
+
+def ranks_of(agent: subprocess.Popen) -> dict[str, int]:
+    """Return the process id of each rank that torchrun has started."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            parent = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[1]
+            environment = Path("/proc", pid, "environ").read_text()
+        except OSError:
+            continue
+        if int(parent) == agent.pid and "\0RANK=" in environment:
+            found[environment.partition("\0RANK=")[2][0]] = int(pid)
+    return found
+
+
+def check_one_line_and_no_process_left(agent, ranks=()) -> str:
+    _, error = agent.communicate(timeout=30)
+    lines = [line for line in error.splitlines() if line.startswith("train.py:")]
+    assert agent.returncode != 0 and len(lines) == 1, error
+    assert not any(Path("/proc", str(pid)).exists() for pid in ranks)
+    return lines[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_lost_rank_or_a_signal_ends_the_run_and_one_process_resumes_it(
+    number, tmp_path, image_folder, capsys
+):
+    config = write_tiny_config(tmp_path, image_folder, epochs=400, checkpoint_minutes=1e-9)
+    agent = torchrun("train.py", "--config", config, "--run_dir", tmp_path / "run")
+    deadline = time.monotonic() + 60
+    path = tmp_path / "run" / checkpoint.NAME
+    while not path.exists() or checkpoint.load(path)["step"] == 0:
+        assert agent.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks = ranks_of(agent)
+    assert sorted(ranks) == ["0", "1"]
+    os.kill(ranks["1"] if number == signal.SIGKILL else agent.pid, number)
+    line = check_one_line_and_no_process_left(agent, ranks.values())
+    assert f"--resume {tmp_path / 'run'}" in line
+    saved = checkpoint.load(path)
+    assert 0 < saved["step"] < 400 * 6
+    saved["config"]["train"]["epochs"] = 1 + len(saved["history"])  # enough of it
+    checkpoint.save(saved, tmp_path / "run")
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert len(checkpoint.load(path)["history"]) == 1 + len(saved["history"])
+
+
+def test_a_mistake_is_one_line_of_all_processes(tmp_path, image_folder):
+    (tmp_path / "folder").mkdir()
+    good = write_tiny_config(tmp_path, image_folder)
+    bad = write_tiny_config(tmp_path / "folder", image_folder, batch_size=7)
+    agents = {  # at the same time, since most of the time is spent on starting
+        "train.batch_size 7": torchrun("train.py", "--config", bad, "--run_dir", tmp_path / "new"),
+        "exists already": torchrun("train.py", "--config", good, "--run_dir", tmp_path / "folder"),
+    }
+    for message, agent in agents.items():
+        assert message in check_one_line_and_no_process_left(agent)
+    assert not (tmp_path / "new").exists()
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), sys.argv[2])
