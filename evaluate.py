@@ -4,13 +4,14 @@ import dataclasses
 import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
 from vit.checkpoint import load_model
-from vit.config import DataConfig, parse_flags
+from vit.config import DataConfig, hide_section_flags, parse_flags
 from vit.data import load_dataset
 from vit.errors import InputError, one_line_errors
 from vit.evaluation import confusion_matrix, loss_and_accuracy, predict
@@ -20,10 +21,7 @@ from vit.step import pick_device
 
 
 def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return parameter counts, accuracy over all and each class, and speed, on the test images.
-
-    Raises InputError, naming the file or flag that cannot be used.
-    """
+    """Return parameters, accuracies and speed on the test images. Raises InputError."""
     if "checkpoint" not in flags:
         raise InputError("--checkpoint FILE is missing")
     model, preprocess, config, classes = load_model(flags["checkpoint"])
@@ -58,30 +56,30 @@ def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
 
 def count_by_part(model: ViT) -> dict[str, int]:
     """Return the number of parameters of each part of the model, in the paper's order."""
-    counts: dict[str, int] = {}
+    counts = Counter()
     for name, parameter in model.named_parameters():
         part = ".".join(name.split(".")[: 2 if name.startswith("blocks") else 1])
-        counts[part] = counts.get(part, 0) + parameter.numel()
-    return counts
+        counts[part] += parameter.numel()
+    return dict(counts)
 
 
 def report(result: dict[str, Any]) -> str:
     """Return the result as the text that a person reads."""
     lines = [f"{'parameters':<22}{result['parameters']:>12,}"]
     lines += [f"  {part:<20}{n:>12,}" for part, n in result["parameters_by_part"].items()]
-    of_images = f"  of {result['test_images']:,} images"
-    lines += [f"{'test accuracy':<22}{result['test_accuracy']:>10.2f} %{of_images}"]
+    accuracy, count = result["test_accuracy"], result["test_images"]
+    lines += [f"{'test accuracy':<22}{accuracy:>10.2f} %  of {count:,} images"]
     lines += [f"  {name:<20}{value:>10.2f} %" for name, value in result["class_accuracy"].items()]
     return "\n".join([*lines, f"{'images/s':<22}{result['images_per_second']:>12,.0f}"])
 
 
 @one_line_errors("evaluate.py")
 def main(argv: list[str]) -> None:
-    """Run the command line."""
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
     parser.add_argument("--checkpoint", help="File that train.py wrote: runs/NAME/checkpoint.pt.")
-    kept = {"name", "root"}  # the rest belongs to the checkpoint
-    parser.add_class_arguments(DataConfig, "data", skip={*DataConfig.__dataclass_fields__} - kept)
+    others = {*DataConfig.__dataclass_fields__} - {"name", "root"}  # they belong to the checkpoint
+    parser.add_class_arguments(DataConfig, "data", skip=others)
+    hide_section_flags(parser)
     parser.add_argument("--device", type=Literal["auto", "cuda", "mps", "cpu"], default="auto")
     parser.add_argument("--precision", type=Literal["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")

@@ -1,9 +1,9 @@
 """Train a Vision Transformer: python train.py --config configs/cifar10.yaml"""
 
-import dataclasses
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,11 +45,8 @@ def training_step(
     loss_of: Callable[..., Tensor] = batch_loss,
     teacher: tuple[ViT, Preprocess] | None = None,
 ) -> None:
-    """Change the weights once. Nothing in here waits for the device, so that it can be captured.
-
-    Shapes: images uint8 (B, 3, S, S), labels (B,).
-    """
-    images, targets = augment(images, labels, recipe)  # targets: (B,) or, of a mixture, (B, K)
+    """Change the weights once, by a batch of images. Nothing in here waits for the device."""
+    images, targets = augment(images, labels, recipe)  # targets: (B,)
     if teacher:  # soft targets for the very images that the student sees
         targets = predict(teacher[0], images, teacher[1], recipe.precision).softmax(1)  # (B, K)
     parts = recipe.accumulation_steps
@@ -69,7 +66,6 @@ def training_step(
 def train(config: Config, device: torch.device, run: Run) -> None:
     """Train from the first step, or from the run's saved one, to the last, then test."""
     recipe, size = config.train, config.train.batch_size
-
     # The model first: weights that do not fit should fail before images are slowly decoded.
     torch.manual_seed(recipe.seed)
     model = ViT(**config.model)
@@ -89,6 +85,7 @@ def train(config: Config, device: torch.device, run: Run) -> None:
 
     # Everything that training changes, and the step that changes it: eager, compiled or captured.
     state = TrainState(model, make_optimizers(model, recipe), recipe.ema_decay)
+    evaluated = state.average or model
     teacher = load_teacher(recipe.teacher, data.fingerprint, device) if recipe.teacher else None
     step = prepare(training_step, batch_loss, state, recipe, preprocess=preprocess, teacher=teacher)
     run.restore(state, data)
@@ -97,7 +94,9 @@ def train(config: Config, device: torch.device, run: Run) -> None:
         generator = torch.Generator().manual_seed(derive_seed(1, recipe.seed, epoch))
         order = torch.randperm(len(labels), generator=generator).to(device)
         first = state.step - epoch * steps_per_epoch  # above 0 where an epoch was interrupted
-        bar = progress_bar(range(first, steps_per_epoch), epoch, recipe)
+        shown = dict(initial=first, total=steps_per_epoch, unit=" images", unit_scale=size)
+        shown |= dict(leave=False, disable=True if RANK else None)
+        bar = tqdm(range(first, steps_per_epoch), f"epoch {epoch + 1}/{recipe.epochs}", **shown)
         for i in bar:
             # Randomness depends on (seed, step, rank) alone: a resumed run is the same run.
             torch.manual_seed(derive_seed(2, recipe.seed, state.step, RANK))
@@ -112,51 +111,37 @@ def train(config: Config, device: torch.device, run: Run) -> None:
 
         run.check_finite(state)
         train_loss = total(state.loss_sum).item() / WORLD_SIZE / steps_per_epoch
-        row = {"epoch": epoch + 1, "train_loss": train_loss}
         speed = state.images / state.tick()
-        evaluated = state.average or model
-        row["val_loss"], row["val_accuracy"] = evaluate(
-            evaluated, data.val, preprocess, recipe.precision
-        )
-        row["learning_rate"] = state.optimizers[-1].param_groups[0]["lr"].item()
-        state.end_epoch(row | {"images_per_second": speed})
+        loss, accuracy = evaluate(evaluated, data.val, preprocess, recipe.precision)
+        row = dict(epoch=epoch + 1, train_loss=train_loss, val_loss=loss, val_accuracy=accuracy)
+        rate = state.optimizers[-1].param_groups[0]["lr"].item()
+        state.end_epoch(row | dict(learning_rate=rate, images_per_second=speed))
         run.save(state, wait=5)  # seconds: an epoch can be shorter than a save
         if RANK == 0:
-            row = state.history[-1]
-            print(", ".join(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
+            print(", ".join(f"{k} {v:.5g}" for k, v in state.history[-1].items()), flush=True)
 
     if recipe.evaluate_test and state.test is None:  # the test images, looked at once
-        evaluated = state.average or model
         loss, accuracy = evaluate(evaluated, data.test, preprocess, recipe.precision)
         state.test = {"loss": loss, "accuracy": accuracy, "images": len(data.test.labels)}
         run.save(state)
     run.finish(state)
 
 
-def progress_bar(steps: range, epoch: int, recipe: TrainConfig) -> tqdm:
-    """Return the steps of an epoch, shown on a terminal as images/s and time left."""
-    name, hide = f"epoch {epoch + 1}/{recipe.epochs}", True if RANK else None
-    shown = dict(initial=steps.start, total=steps.stop, unit=" images")
-    return tqdm(steps, name, leave=False, disable=hide, unit_scale=recipe.batch_size, **shown)
-
-
 @one_line_errors("train.py")
 def main(argv: list[str]) -> None:
-    """Run the command line."""
-    flags, saved = parse_flags(config_parser(with_flags=True), argv), None
+    flags = parse_flags(config_parser(with_flags=True), argv)
     if "resume" in flags:
         folder = Path(flags["resume"])
         saved = checkpoint.load(folder / checkpoint.NAME)
         config = resumed_config(flags, saved["config"])
     else:
-        config = read_config(flags)
+        config, saved = read_config(flags), None
         folder = Path(flags.get("run_dir", Path("runs") / Path(flags["config"]).stem))
     if config.train.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not
     torch.use_deterministic_algorithms(config.train.deterministic)
     device, precision = pick_device(config.train.device, config.train.precision)
-    recipe = dataclasses.replace(config.train, precision=precision)
-    config = dataclasses.replace(config, train=recipe)
+    config = replace(config, train=replace(config.train, precision=precision))
     with processes(device), Run(folder, config, saved) as run:
         train(config, device, run)
 

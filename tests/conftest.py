@@ -36,13 +36,12 @@ def image_folder(tmp_path_factory) -> Path:
 
 def write_tiny_config(folder: Path, image_folder: Path, **train_keys) -> Path:
     """Write a configuration whose run takes a second: 6 steps in each of 2 epochs, dropout 0.1."""
-    keys = dict(epochs=2, batch_size=8, device="cpu", seed=3, crop_padding=2)
-    keys |= dict(precision="float32") | train_keys  # "auto" is bfloat16 on some machines
+    keys = dict(epochs=2, batch_size=8, device="cpu", precision="float32", seed=3, crop_padding=2)
     path = folder / "tiny.yaml"
     path.write_text(
         "model: {image_size: 16, embedding_dim: 16, num_blocks: 1, mlp_dim: 16, num_classes: 3}\n"
         f"data: {{name: image_folder, root: {image_folder}, val_fraction: 0.2}}\n"
-        f"train: {{{', '.join(f'{key}: {value}' for key, value in keys.items())}}}\n"
+        f"train: {{{', '.join(f'{key}: {value}' for key, value in (keys | train_keys).items())}}}\n"
     )
     return path
 
@@ -53,11 +52,8 @@ def run_train(tmp_path, image_folder, capsys):
     config = write_tiny_config(tmp_path, image_folder)
 
     def run(*arguments: str, run_dir: str = "run") -> tuple[int, str, str]:
-        code = train.main(
-            ["--config", str(config), "--run_dir", str(tmp_path / run_dir), *arguments]
-        )
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        argv = ["--config", str(config), "--run_dir", str(tmp_path / run_dir), *arguments]
+        return train.main(argv), *capsys.readouterr()
 
     return run
 

@@ -8,17 +8,13 @@ from vit.augment import augment, crop, flip
 from vit.config import TrainConfig
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def images():
+    torch.manual_seed(0)
     return torch.randint(1, 256, (50, 3, 12, 12), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("padding", [1, 4, 15])
+@pytest.mark.parametrize("padding", [1, 15])
 def test_crop_equals_a_crop_of_each_padded_image(images, padding):
     corners = np.random.default_rng(0).integers(0, 2 * padding + 1, (2, 50))
     corners[:, 0], corners[:, 1] = 0, 2 * padding  # the extreme corners too
@@ -37,6 +33,7 @@ def test_flip_mirrors_the_columns_of_masked_images_only(images):
 
 def test_augment_draws_every_corner_and_half_of_the_flips_evenly():
     # One bright pixel off the centre shows where the window was cut and whether it was mirrored.
+    torch.manual_seed(0)
     images = torch.zeros(20_000, 1, 13, 13, dtype=torch.uint8)
     images[:, :, 6, 5] = 255
     images, labels = augment(images, torch.arange(20_000), TrainConfig(crop_padding=2))
@@ -52,14 +49,11 @@ def test_augment_draws_every_corner_and_half_of_the_flips_evenly():
     assert ((places / 20_000 - expected).abs() < 5 * deviation).all()
 
 
-def test_augment_changes_nothing_when_told_nothing(images):
-    recipe = TrainConfig(crop_padding=0, horizontal_flip=False)
-    assert torch.equal(augment(images, torch.zeros(50), recipe)[0], images)
-
-
-def test_augment_is_a_function_of_the_seed(images):
-    torch.manual_seed(5)
-    first, second = (augment(images, torch.zeros(50), TrainConfig())[0] for _ in range(2))
-    torch.manual_seed(5)
-    assert torch.equal(augment(images, torch.zeros(50), TrainConfig())[0], first)
-    assert not torch.equal(second, first)
+def test_augment_is_a_function_of_the_seed_and_changes_nothing_when_told_nothing(images):
+    results = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        results.append(augment(images, torch.zeros(50), TrainConfig())[0])
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    nothing = TrainConfig(crop_padding=0, horizontal_flip=False)
+    assert torch.equal(augment(images, torch.zeros(50), nothing)[0], images)

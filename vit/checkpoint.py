@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -26,29 +25,23 @@ NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
 class TrainState:
-    """Everything that training changes.
-
-    Attributes:
-        average: the model with averaged weights, updated as W ← decay·W + (1 - decay)·weights.
-        loss_sum: of the mean losses of this epoch's steps, on the device.
-        step, seconds, images: steps done; and of this epoch, over all sittings.
-        history, test: a row of metrics for each finished epoch; the result on the test images.
-    """
+    """Everything that training changes."""
 
     numbers = ("step", "seconds", "images", "history", "test")
 
     def __init__(self, model: ViT, optimizers: list[Optimizer], ema_decay: float = 0.0):
         self.model, self.optimizers = model, optimizers
-        self.network = wrap(model)  # what computes the logits: also exchanges gradients
+        self.network = wrap(model)  # computes the logits and, of several processes, mean gradients
         self.average = copy.deepcopy(model) if ema_decay else None
         self.blend = get_ema_multi_avg_fn(ema_decay)
-        self.loss_sum = torch.zeros((), device=model.head.weight.device)
-        self.step, self.seconds, self.images, self.history, self.test = 0, 0.0, 0, [], None
+        self.loss_sum = torch.zeros((), device=model.head.weight.device)  # of this epoch's steps
+        self.step, self.seconds, self.images = 0, 0.0, 0  # the last two are of this epoch
+        self.history, self.test = [], None  # a row of metrics an epoch; the result on test images
         self.ticked = time.perf_counter()
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Move the averaged weights towards the weights, without waiting for the device."""
+        """Set the averaged weights to decay·average + (1 - decay)·weights, on the device."""
         if self.average:
             self.blend(list(self.average.parameters()), list(self.model.parameters()), None)
 
@@ -64,13 +57,12 @@ class TrainState:
         self.seconds, self.images = 0.0, 0
         self.loss_sum.zero_()
 
+    @torch.no_grad()
     def is_finite(self) -> bool:
         """Say, with one reduction, whether loss, weights, averages and optimiser state are."""
         tensors = [self.loss_sum, *self.model.parameters()]
         tensors += self.average.parameters() if self.average else []
-        for optimizer in self.optimizers:
-            tensors += [t for own in optimizer.state.values() for t in own.values()]
-        tensors = [t.detach() for t in tensors if isinstance(t, Tensor)]
+        tensors += [t for o in self.optimizers for own in o.state.values() for t in own.values()]
         return bool(get_total_norm(tensors, math.inf).isfinite())
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,10 +87,7 @@ class TrainState:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a temporary file in the same folder, then rename it to `path`.
-
-    Raises OSError where that fails; `path` is untouched then, and the temporary file is gone.
-    """
+    """Write and rename a temporary file. Raises OSError where that fails; `path` is as before."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -106,9 +95,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     if os.name == "posix":  # the rename itself reaches the disk with its folder
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -116,10 +104,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def save(content: dict[str, Any], folder: Path) -> None:
-    """Write the folder's checkpoint, and keep the one before as the previous one.
-
-    Raises OSError where that fails; the folder's checkpoint is the same as before then.
-    """
+    """Write the folder's checkpoint, and keep the one before. Raises OSError where that fails."""
     path, buffer = folder / NAME, io.BytesIO()
     torch.save({"format": FORMAT} | content, buffer)
     if path.exists():
@@ -137,9 +122,6 @@ def read_verified(path: str | Path) -> Any:
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU. Raises InputError, naming the file, where that fails."""
-    previous, advice = path.with_name(PREVIOUS), ""
-    if path.name == NAME and previous.is_file():
-        advice = f"; the one before it is {previous}: rename it to {NAME} to go on from there"
     try:
         saved = read_verified(path)
         if not isinstance(saved, dict) or saved.get("format") != FORMAT:
@@ -148,18 +130,17 @@ def load(path: Path) -> dict[str, Any]:
             raise ValueError("it holds no configuration")
         return saved
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file{advice}") from None
+        fault = "no such file"
     except Exception as error:  # a damaged archive or pickle raises almost anything
-        fault = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: not a checkpoint that can be used: {fault}{advice}") from None
+        fault = f"not a checkpoint that can be used: {str(error) or type(error).__name__:.200}"
+    previous = path.with_name(PREVIOUS)
+    if path.name == NAME and previous.is_file():
+        fault += f"; the one before it is {previous}: rename it to {NAME} to go on from there"
+    raise InputError(f"{path}: {fault}")
 
 
 def load_model(path: str | Path) -> tuple[ViT, Preprocess, Config, list[str]]:
-    """Build a checkpoint's model, preprocessing, configuration and class names.
-
-    Where the run averaged its weights, these are the averaged ones. Raises InputError, naming the
-    file, where it cannot be used.
-    """
+    """Return a checkpoint's model, with averaged weights if any. Raises InputError, naming it."""
     saved = load(Path(path))
     try:
         config = Config.from_dict(saved["config"])
@@ -172,12 +153,9 @@ def load_model(path: str | Path) -> tuple[ViT, Preprocess, Config, list[str]]:
 
 
 def load_teacher(path: str, fingerprint: str, device: torch.device) -> tuple[ViT, Preprocess]:
-    """Load the model whose soft targets a run learns from.
-
-    Raises InputError where it was trained on other images than those of the fingerprint.
-    """
+    """Load a teacher. Raises InputError where it saw other images than the fingerprint's."""
     model, preprocess, *_ = load_model(path)
-    if load(Path(path))["fingerprint"] != fingerprint:
+    if load(Path(path)).get("fingerprint") != fingerprint:
         raise InputError(f"train.teacher {path}: trained on other images, or another split of them")
     return model.to(device), preprocess.to(device)
 
@@ -185,10 +163,7 @@ def load_teacher(path: str, fingerprint: str, device: torch.device) -> tuple[ViT
 def publish(source: str, target: str) -> None:
     """Write the weights of a CIFAR-10 checkpoint that are evaluated, without what trained them."""
     saved = load(Path(source))
-    weights = saved["average"] or saved["model"]
-    kept = {name: saved[name] for name in ("classes", "mean", "std", "fingerprint", "test")}
     saved["config"]["data"] |= {"name": "cifar10", "root": "data"}
-    buffer = io.BytesIO()
-    content = {"format": FORMAT, "config": saved["config"], "model": weights, "average": None}
-    torch.save(content | kept, buffer)
-    write_atomically(Path(target), buffer.getvalue())
+    saved |= {"model": saved["average"] or saved["model"], "average": None}
+    left_out = ("optimizers", "loss_sum", "step", "seconds", "images", "history")
+    torch.save({name: saved[name] for name in saved if name not in left_out}, target)

@@ -1,8 +1,4 @@
-"""The configuration: its keys with their meaning, and how a file and flags are read.
-
-YAML, the command line and --help come from the type hints and docstrings here (and of `ViT`, the
-"model" section) through jsonargparse.
-"""
+"""The configuration: YAML, flags and --help, by jsonargparse from type hints and docstrings."""
 
 import dataclasses
 import functools
@@ -15,20 +11,16 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import (
-    NonNegativeInt,
-    OpenUnitInterval,
-    PositiveInt,
-    restricted_number_type,
-)
+from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
+from jsonargparse.typing import restricted_number_type as restricted
 
 from vit.errors import InputError
 from vit.model import ViT
 
-PositiveNumber = restricted_number_type("PositiveNumber", float, [(">", 0), ("<", math.inf)])
-NonNegativeNumber = restricted_number_type("NonNegativeNumber", float, [(">=", 0), ("<", math.inf)])
-Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
-Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
+PositiveNumber = restricted("PositiveNumber", float, [(">", 0), ("<", math.inf)])
+NonNegativeNumber = restricted("NonNegativeNumber", float, [(">=", 0), ("<", math.inf)])
+Fraction = restricted("Fraction", float, [(">=", 0), ("<", 1)])
+Seed = restricted("Seed", int, [(">=", 0), ("<", 2**32)])
 
 
 @dataclass(frozen=True)
@@ -75,8 +67,7 @@ class TrainConfig:
         seed: seed of the weights, the order of images, their augmentation and dropout.
         device: auto picks CUDA, else MPS, else the CPU.
         precision: auto is bfloat16 where the device has instructions for it; a run keeps it.
-        execution: a step run eager, with its loss compiled, or captured as one CUDA graph; auto is
-            graph on one CUDA device, else eager.
+        execution: of a step: auto is graph (one CUDA graph) on one CUDA device, else eager.
         ema_decay: evaluate a moving average of the weights with this decay a step; 0 for none.
         checkpoint_minutes: save also within an epoch, this many minutes after the last save.
         deterministic: only use kernels that give the same bits each time; slower on CUDA.
@@ -125,31 +116,30 @@ class Config:
         for section, values in sections.items():
             if not isinstance(values, dict):
                 raise InputError(f"{section}: expected keys and values, got {values}")
-            for key in (key for key, value in values.items() if value is None):
-                raise InputError(f"{section}.{key}: null is not a value")
+            for key, value in values.items():
+                if value is None:
+                    raise InputError(f"{section}.{key}: null is not a value")
         try:  # through JSON, since its range types are subclasses, which a checkpoint cannot hold
             parser = config_parser()
             parsed = json.loads(parser.dump(parser.parse_object(sections), format="json"))
+            model, data, train = (parsed[section] for section in SECTIONS)
             with torch.device("meta"):  # no memory, no time: only the checks of ViT itself
-                ViT(**parsed["model"])
+                ViT(**model)
         except ArgumentError as error:
             raise InputError(error) from None
         except ValueError as error:
             raise InputError(f"model.{error}") from None
         except (RuntimeError, TypeError):  # torch's own, for sizes beyond what it can count
             raise InputError("model: a model of this size cannot be built") from None
-        model, data, train = (parsed[section] for section in SECTIONS)
         if data["image_size"] > model["image_size"]:
             raise InputError("data.image_size is more than model.image_size")
         if train["batch_size"] % train["accumulation_steps"]:
             raise InputError("train.accumulation_steps does not divide train.batch_size")
         if (train["optimizer"] == "muon") != (train["muon_learning_rate"] > 0):
-            raise InputError("train.muon_learning_rate is above 0 with muon, and only with it")
+            raise InputError("train.muon_learning_rate is above 0 with train.optimizer muon alone")
         return Config(model, DataConfig(**data), TrainConfig(**train))
 
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return the nested dictionaries that `from_dict` reads back."""
-        return dataclasses.asdict(self)
+    to_dict = dataclasses.asdict  # the nested dictionaries that `from_dict` reads
 
     def to_yaml(self) -> str:
         """Return the text of a file for --config that reproduces this configuration."""
@@ -162,15 +152,19 @@ def config_parser(with_flags: bool = False) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
     for section, kind in SECTIONS.items():
         parser.add_class_arguments(kind, section)
-    for action in parser._actions:  # --model FILE and the like, which --config makes superfluous
-        if action.dest in SECTIONS:
-            action.help = SUPPRESS
+    hide_section_flags(parser)
     if with_flags:
         parser.add_argument("--config", help="YAML file with the sections model, data and train.")
         parser.add_argument("--run_dir", help="Folder of the run; default runs/NAME of the config.")
-        text = "Go on with the run in this folder; only data.root and train.device may differ."
-        parser.add_argument("--resume", metavar="DIR", help=text)
+        help_ = "Go on with a run; only data.root and train.device may differ."
+        parser.add_argument("--resume", metavar="DIR", help=help_)
     return parser
+
+
+def hide_section_flags(parser: ArgumentParser) -> None:
+    """Leave --model FILE and the like, which --config makes superfluous, out of --help."""
+    for action in (action for action in parser._actions if action.dest in SECTIONS):
+        action.help = SUPPRESS
 
 
 def parse_flags(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
@@ -191,22 +185,17 @@ def read_config(flags: dict[str, Any]) -> Config:
     try:
         sections = config_parser().parse_path(file, defaults=False).as_dict()
         return Config.from_dict(sections | {s: sections.get(s, {}) | given[s] for s in given})
-    except (ArgumentError, ValueError, TypeError) as error:
+    except (ArgumentError, ValueError, TypeError, RecursionError) as error:
         where = f"{file} with the flags given" if given else file
         raise InputError(f"{where}: {error}") from None
 
 
 def resumed_config(flags: dict[str, Any], saved: dict) -> Config:
-    """Return a saved configuration with another data.root or train.device, where flags say so.
-
-    Raises InputError, naming a flag that does not go with --resume.
-    """
-    sections = {section: dict(values) for section, values in saved.items()}
-    for section, values in flags.items():
-        for key, value in values.items() if section in SECTIONS else [("", values)]:
-            if (section, key) in (("data", "root"), ("train", "device")):
-                sections[section][key] = value
-            elif section != "resume":
-                flag = f"--{section}.{key}".rstrip(".")
-                raise InputError(f"{flag} does not go with --resume: a run keeps its settings")
-    return Config.from_dict(sections)
+    """Return a saved configuration with the flags' data.root and train.device, or InputError."""
+    for flag, value in config_parser(True).parse_object(flags, defaults=False).items():
+        section, _, key = flag.partition(".")
+        if flag in ("data.root", "train.device"):
+            saved = saved | {section: saved[section] | {key: value}}
+        elif flag != "resume":
+            raise InputError(f"--{flag} does not go with --resume: a run keeps its settings")
+    return Config.from_dict(saved)

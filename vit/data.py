@@ -1,7 +1,4 @@
-"""The data sets. Each split is one uint8 tensor, decoded once and kept on one device.
-
-Shape letters: N images, B images of a batch, S = their size in pixels, H = the model's image size.
-"""
+"""The data sets. Each split is one uint8 tensor (N, 3, S, S), decoded once."""
 
 import hashlib
 from dataclasses import dataclass
@@ -40,10 +37,7 @@ class Dataset:
 
 
 class Preprocess(nn.Module):
-    """Enlarge a batch to the model's H pixels, then x ↦ (x / 255 - mean) / std for each channel.
-
-    Shapes: uint8 (B, 3, S, S) → float32 (B, 3, H, H).
-    """
+    """Enlarge a batch, uint8 (B, 3, S, S) → float32 (B, 3, H, H), then (x / 255 - mean) / std."""
 
     def __init__(self, mean: list[float], std: list[float], image_size: int):
         super().__init__()
@@ -60,21 +54,18 @@ class Preprocess(nn.Module):
 
 
 def load_dataset(config: DataConfig, image_size: int, num_classes: int) -> Dataset:
-    """Load every split onto the CPU; `train` and `val` are the data set's training images, divided.
-
-    `image_size` and `num_classes` are the model's. Raises InputError, naming the file or key.
-    """
+    """Load the splits for a model onto the CPU. Raises InputError, naming the file or key."""
     size = config.image_size or image_size
     if config.name == "image_folder":
         from vit.images import load_folders  # here, since importing torchvision takes a second
 
         train, test, classes = load_folders(Path(config.root), size)
-        train, test = Split(*train), Split(*test)
     elif config.name == "cifar10":
         train, test, classes = _cifar10(config.root)
     else:
         arrays, classes = (draw_shapes(10_000, seed=0), draw_shapes(2_000, seed=1)), list(SHAPES)
-        train, test = (Split(*map(torch.from_numpy, pair)) for pair in arrays)
+        train, test = ([torch.from_numpy(array) for array in pair] for pair in arrays)
+    train, test = Split(*train), Split(*test)
     if num_classes != len(classes):
         raise InputError(f"model.num_classes {num_classes}: the data has {len(classes)} classes")
     if size != train.images.shape[-1]:
@@ -85,9 +76,7 @@ def load_dataset(config: DataConfig, image_size: int, num_classes: int) -> Datas
     order = torch.randperm(count, generator=torch.Generator().manual_seed(config.split_seed))
     held_out = round(count * config.val_fraction)
     if not 0 < held_out < count:
-        raise InputError(
-            f"data.val_fraction {config.val_fraction} of {count} images is none or all"
-        )
+        raise InputError(f"data.val_fraction {config.val_fraction} of {count} images: none or all")
     train, val = (Split(*(t[i] for t in train)) for i in (order[held_out:], order[:held_out]))
 
     mean, std = IMAGENET
@@ -102,7 +91,7 @@ def load_dataset(config: DataConfig, image_size: int, num_classes: int) -> Datas
     return Dataset(train, val, test, classes, mean, std, sha.hexdigest())
 
 
-def _cifar10(root: str) -> tuple[Split, Split, list[str]]:
+def _cifar10(root: str) -> tuple[tuple, tuple, list[str]]:
     from torchvision.datasets import CIFAR10
 
     try:
@@ -114,8 +103,6 @@ def _cifar10(root: str) -> tuple[Split, Split, list[str]]:
             f"{CIFAR10.tgz_md5}) into {root} and remove {Path(root, CIFAR10.base_folder)}; without "
             "a download: --data.name image_folder --data.root DIR, or --config configs/shapes.yaml"
         ) from None
-    train, test = (
-        Split(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets))
-        for p in parts
-    )
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+    train, test = zip(images, [torch.tensor(part.targets) for part in parts], strict=True)
     return train, test, parts[0].classes

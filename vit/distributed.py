@@ -9,10 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-RANK, WORLD_SIZE, LOCAL_RANK = (
-    int(os.environ.get(name, default))
-    for name, default in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items()
-)
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextlib.contextmanager
@@ -41,9 +39,7 @@ def wrap(model: nn.Module) -> nn.Module:
 
 def keep_gradients(network: nn.Module, until_last: bool) -> contextlib.AbstractContextManager:
     """Return a context in which gradients are not exchanged yet, unless it is the last part's."""
-    if WORLD_SIZE == 1 or until_last:
-        return contextlib.nullcontext()
-    return network.no_sync()
+    return contextlib.nullcontext() if WORLD_SIZE == 1 or until_last else network.no_sync()
 
 
 def total(tensor: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ import sys
 
 import torch
 
-OUT_OF_MEMORY = "out of memory: raise train.accumulation_steps or lower train.batch_size"
-
 
 class InputError(ValueError):
     """The user gave something that cannot be used; the message is the one line that is shown."""
@@ -36,7 +34,7 @@ def one_line_errors(script: str):
             except (InputError, Stopped) as error:
                 line, code = error, getattr(error, "code", 2)
             except torch.OutOfMemoryError:
-                line, code = OUT_OF_MEMORY, 1
+                line, code = "out of memory: raise train.accumulation_steps or lower the batch", 1
             except KeyboardInterrupt:
                 line, code = "stopped by SIGINT", 130
             if os.environ.get("RANK", "0") == "0":  # of several processes one speaks

@@ -1,7 +1,4 @@
-"""Accuracy of a model: no augmentation, every image counted exactly once.
-
-Shape letters: N images, S their size in pixels, K classes.
-"""
+"""Accuracy of a model on N images and K classes, each image counted exactly once."""
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +11,10 @@ from vit.model import ViT
 
 @torch.no_grad()
 def predict(model: ViT, images: Tensor, preprocess: Preprocess, precision: str) -> Tensor:
-    """Return the logits of every image, in order, in float32 on the images' device.
-
-    Shapes: uint8 (N, 3, S, S) → (N, K).
-    """
+    """Return the float32 logits (N, K) of uint8 images (N, 3, S, S), on the images' device."""
     was_training = model.training
     model.eval()
-    tokens = len(model.positions.embedding.weight)
-    parts = images.split(max(1, 16_000 // tokens))  # a bound on the memory
+    parts = images.split(max(1, 16_000 // len(model.positions.embedding.weight)))  # tokens
     with torch.autocast(images.device.type, torch.bfloat16, precision == "bfloat16"):
         logits = [model(preprocess(part)).float() for part in parts]
     model.train(was_training)
@@ -29,10 +22,7 @@ def predict(model: ViT, images: Tensor, preprocess: Preprocess, precision: str) 
 
 
 def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return the mean cross entropy in nats and the accuracy in percent, over all processes.
-
-    Shapes: (N, K), (N,) → two numbers.
-    """
+    """Return the mean cross entropy in nats and the accuracy in percent, over all processes."""
     loss_sum = F.cross_entropy(logits, labels, reduction="sum")
     correct = (logits.argmax(1) == labels).sum()
     sums = torch.stack([loss_sum, correct, labels.new_tensor(len(labels))])
@@ -49,10 +39,7 @@ def evaluate(
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
-    """Count images by true class (row) and predicted class (column).
-
-    Shapes: (N, K), (N,) → (K, K) of int64.
-    """
+    """Count images by true class (row) and predicted class (column): (K, K) of int64."""
     classes = logits.shape[1]
     cells = labels * classes + logits.argmax(1)
     return torch.bincount(cells, minlength=classes**2).view(classes, classes)

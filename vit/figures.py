@@ -1,43 +1,341 @@
-"""Every picture of the project, drawn with matplotlib."""
+"""Every picture of the README, drawn from code, data, results and weights: python -m vit.figures
 
+All are 10 inches wide: shown 880 pixels wide, matplotlib's 10 points are 12 pixels, the least text.
+Training imports this module, so matplotlib and torchvision are imported where they are used.
+"""
+
+import csv
+import dataclasses
+import math
+import sys
 from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jsonargparse import ArgumentParser
+from torch import Tensor, nn
+
+from vit import analysis
+from vit.checkpoint import load_model
+from vit.config import DataConfig, parse_flags
+from vit.data import load_dataset
+from vit.errors import InputError, one_line_errors
+from vit.evaluation import confusion_matrix, predict
+from vit.model import EncoderBlock
+
+WEIGHTS, RESULTS = Path(__file__).parent / "weights", Path(__file__).parents[1] / "configs/results"
+EXAMPLE_CLASS, EXAMPLE_NUMBER = 7, 6  # the image that is followed: the seventh horse of the test
+QUERY = -7  # the patch whose attention is shown, counted from the end
+ROWS = {  # pictures that are a row of panels, by the panels' names
+    "model": "image → patches → x_p → z_0 → z_L → y → scores",
+    "patches": "image → patches → x_p",
+    "positions": "projected + positions = z_0",
+    "layer_norm": "z_0 → normed",
+    "mlp": "mlp_input → hidden → active → mlp_output",
+}
 
 
-def _new_figure(width: float, height: float):
-    """Return a figure of a size in inches. Importing matplotlib is slow, hence not done above."""
+def _new_figure(height: float, columns: int = 1):
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(10, height), dpi=120, layout="constrained")
+    with style.context("tableau-colorblind10"):
+        return figure, figure.subplots(1, columns)
+
+
+def _show(axes, values: Tensor | dict[str, float]) -> None:
+    """Draw bars, an image (3, H, W), or a matrix: orange below 0, violet above."""
+    axes.set_xticks([])
+    if isinstance(values, dict):
+        axes.barh(list(values), list(values.values()))
+        axes.invert_yaxis()
+        return
+    axes.set_yticks([])
+    if values.ndim == 3:
+        axes.imshow(values.permute(1, 2, 0), interpolation="nearest")
+    else:
+        top = values.float().abs().quantile(0.99).item()
+        axes.imshow(values, "PuOr", vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
+        axes.set_box_aspect(0.1 if len(values) == 1 else 1)
+
+
+def _row(path: Path, signs: list[str], panels: list[tuple]) -> None:
+    """Draw panels side by side: a sign on the left of each, a title, values and a text below."""
+    figure, row = _new_figure(1 + 9 / len(panels), len(panels))
+    for axes, sign, (title, values, text) in zip(row, signs, panels, strict=True):
+        _show(axes, values)
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel(text)
+        axes.set_ylabel(sign, rotation=0, fontsize=18, ha="right", va="center")
+    figure.savefig(path)
+
+
+def _grid(images: Tensor, columns: int) -> Tensor:
+    """Lay out images row by row. Shapes: (n, 3, H, W) → (3, rows·(H + 1) + 1, …)."""
+    from torchvision.utils import make_grid
+
+    return make_grid(images, columns, padding=1, pad_value=255)
+
+
+def _mosaic(path: Path, height: float, title: str, images: Tensor, names: list[str]) -> None:
+    """Draw uint8 images (n, 3, H, W) row by row, with the names of the columns below."""
+    figure, axes = _new_figure(height)
+    _show(axes, _grid(images, len(names)))
+    axes.set_title(title, fontsize=11)
+    axes.set_xticks([(i + 0.5) * (images.shape[3] + 1) for i in range(len(names))], names)
+    axes.tick_params(length=0)
+    axes.set_frame_on(False)
+    figure.savefig(path)
+
+
+def _shade(image: Tensor, weights: Tensor) -> Tensor:
+    """Darken patches of small weight. Shapes: uint8 (3, H, W), (S,) → uint8 (3, H, W)."""
+    side = math.isqrt(len(weights))
+    weights = weights[-(side**2) :].view(1, 1, side, side)  # without a class token
+    low, high = weights.min(), weights.quantile(0.95)
+    light = ((weights - low) / (high - low).clamp(min=1e-9)).clamp(max=1)
+    return (image * (0.25 + 0.75 * F.interpolate(light, image.shape[1:])[0])).to(torch.uint8)
+
+
+def block_labels(block: EncoderBlock) -> list[str]:
+    """Return the names of the four parts of a block, each with its number of parameters."""
+    width, hidden = block.mlp[0].in_features, block.mlp[0].out_features
+    names = ["LayerNorm", f"attention\n{block.attention.num_heads} heads"]
+    names += ["LayerNorm", f"MLP\n{width} → {hidden} → {width}"]
+    parts = block.norm1, block.attention, block.norm2, block.mlp
+    counts = [sum(p.numel() for p in part.parameters()) for part in parts]
+    return [f"{name}\n{count:,}" for name, count in zip(names, counts, strict=True)]
+
+
+class Pictures:
+    """What the pictures show, and a method for each, which writes it to a path."""
+
+    def __init__(self, flags: dict[str, Any]):
+        file = flags.get("checkpoint", WEIGHTS / "cifar10.pt")
+        small_patches = flags.get("patch4_checkpoint", WEIGHTS / "cifar10_patch4.pt")
+        self.vit, self.preprocess, config, self.classes = load_model(file)
+        self.vit4, self.preprocess4, *_ = load_model(small_patches)  # for maps over the image
+        data_config = dataclasses.replace(config.data, **flags.get("data", {}))
+        data = load_dataset(data_config, self.vit.image_size, len(self.classes))
+        if data.classes != self.classes:
+            raise InputError(f"data.root {data_config.root}: other classes than the checkpoint's")
+        self.images, self.labels = data.test
+        self.image = self.sample(EXAMPLE_CLASS % len(self.classes))
+        self.logits = predict(self.vit, self.images, self.preprocess, "float32")
+        counts = confusion_matrix(self.logits, self.labels)
+        self.confusion = 100 * counts / counts.sum(1, keepdim=True)  # rows: % of a class
+
+    def sample(self, label: int, number: int = EXAMPLE_NUMBER) -> Tensor:
+        own = self.images[self.labels == label]
+        return own[number % len(own)]
+
+    def inputs_of(self, *modules: nn.Module) -> list[Tensor]:
+        """Return what modules of the model get of the example, as matrices."""
+        inputs = analysis.inputs_of(modules, self.vit, self.preprocess(self.image[None]))
+        return [torch.atleast_2d(x[0]) for x in inputs]
+
+    def panels(self) -> dict[str, tuple]:
+        """Return what the example becomes on its way: titles, values and texts, by name."""
+        vit, p, last = self.vit, self.vit.patches.patch_size, len(self.vit.blocks)
+        block, mlp = vit.blocks[0], vit.blocks[0].mlp
+        x_p = vit.patches(self.image[None])[0]
+        cut = _grid(x_p.unflatten(1, (3, p, p)), vit.image_size // p)
+        projected, z_0, normed = self.inputs_of(vit.positions, block.norm1, block.attention)
+        mlp_input, hidden, active, mlp_output = self.inputs_of(mlp, mlp[1], mlp[2], mlp[4])
+        z_L, y = self.inputs_of(vit.norm, vit.head)
+        scores = dict(zip(self.classes, vit.head(y)[0].softmax(0).tolist(), strict=True))
+        panels = {
+            "image": ("image", self.image, f"{vit.image_size} × {vit.image_size} × 3"),
+            "patches": ("patches", cut, f"{len(x_p)} of {p} × {p} × 3"),
+            "x_p": ("$x_p$", x_p, "a row for\neach patch"),
+            "projected": ("$x_p E$", projected, "projected patches"),
+            "positions": ("$E_{pos}$", vit.positions.embedding.weight.detach(), "positions"),
+            "z_0": ("$z_0$", z_0, "input of the\nfirst block"),
+            "normed": ("$LN(z_0)$", normed, "normalised"),
+            "mlp_input": ("$LN(z')$", mlp_input, "input"),
+            "hidden": ("hidden", hidden, "linear layer"),
+            "active": ("GELU(hidden)", active, "GELU"),
+            "mlp_output": ("$MLP(LN(z'))$", mlp_output, "linear layer"),
+            "z_L": (f"$z_{{{last}}}$", z_L, "output of the\nlast block"),
+            "y": ("$y$", y, "mean over\nthe patches"),
+            "scores": ("scores", scores, "linear head,\nsoftmax"),
+        }
+        for name in "z_0", "normed":
+            title, x, text = panels[name]
+            text += f"\nmean {x.mean():.2f}, sd {x.std(1).mean():.2f}"
+            panels[name] = title, x, text
+        return panels
+
+    def draw(self, name: str, path: Path) -> None:
+        """Draw the picture of this name."""
+        if name not in ROWS:
+            return getattr(self, f"draw_{name}")(path)
+        names, panels = ROWS[name].split(), self.panels()  # every second one is a sign
+        _row(path, ["", *names[1::2]], [panels[name] for name in names[::2]])
+
+    def draw_block(self, path: Path) -> None:
+        """Draw the encoder block with its two residuals and its parameters (Eq. 2, 3)."""
+        labels = block_labels(self.vit.blocks[0])
+        parts = [r"$z_{\ell-1}$", *labels[:2], "+", *labels[2:], "+", r"$z_\ell$"]
+        places = 0, 1.4, 3.1, 4.4, 6.1, 7.8, 9.1, 10.1
+        figure, axes = _new_figure(1.8)
+        arrow = dict(arrowstyle="->", color="C1", linewidth=2, shrinkA=0, shrinkB=12)
+        arrow |= dict(connectionstyle="bar,fraction=-0.2")
+        for start in 0.5, 5.2:  # the residuals, each over three parts
+            axes.annotate("", (start + 3.9, 0), (start, 0), arrowprops=arrow)
+        axes.plot((0, 10), (0, 0), color="black", zorder=0)
+        for place, part in zip(places, parts, strict=True):
+            box = dict(boxstyle="round", facecolor="#E8F1F8")
+            axes.text(place, 0, part, ha="center", va="center", bbox=box, fontsize=12)
+        axes.set(xlim=(-0.4, 10.4), ylim=(-0.6, 1))
+        axes.axis("off")
+        figure.savefig(path)
+
+    def draw_attention(self, path: Path) -> None:
+        """Show the attention weights of the example in the last block (Eq. 6)."""
+        heads = analysis.attention_weights(self.vit, self.preprocess(self.image[None]))[-1, 0, :2]
+        panels = []
+        for i, A in enumerate(heads, 1):
+            panels.append((f"head {i}: $A$", A, "a row for each\npatch that looks"))
+            patch = len(A) + QUERY + 1
+            panels.append((f"row {patch}", _shade(self.image, A[QUERY]), "where it looks"))
+        _row(path, [""] * len(panels), panels)
+
+    def draw_classes(self, path: Path) -> None:
+        """Show test images of every class."""
+        labels = range(len(self.classes))
+        images = [self.sample(label, number) for number in range(5) for label in labels]
+        _mosaic(path, 5.3, "", torch.stack(images), self.classes)
+
+    def draw_curves(self, path: Path) -> None:
+        """Draw every run of configs/results."""
+        files = sorted(RESULTS.glob("*.csv"))
+        if files:
+            plot_runs({f.stem: [*csv.DictReader(f.read_text().splitlines())] for f in files}, path)
+        else:
+            print(f"curves: no results in {RESULTS}", file=sys.stderr)
+
+    def draw_class_accuracy(self, path: Path) -> None:
+        """Draw the accuracy of each class."""
+        percent = self.confusion.diagonal().tolist()
+        plot_class_accuracy(dict(zip(self.classes, percent, strict=True)), path)
+
+    def draw_confusion(self, path: Path) -> None:
+        """Draw the confusion matrix."""
+        figure, axes = _new_figure(5.5)
+        axes.imshow(self.confusion, "Blues", vmin=0, vmax=200, aspect="auto")  # pale, under text
+        for y, row in enumerate(self.confusion.tolist()):
+            for x, percent in enumerate(row):
+                axes.text(x, y, f"{percent:.0f}", ha="center", va="center")
+        axes.set_xticks(range(len(self.classes)), self.classes)
+        axes.set_yticks(range(len(self.classes)), self.classes)
+        axes.set(xlabel="predicted class (% of the images of a row)", ylabel="true class")
+        figure.savefig(path)
+
+    def draw_mistakes(self, path: Path) -> None:
+        """Show the test images whose true class is the least likely for the model."""
+        likely, panels = self.logits.softmax(1), []
+        for i in likely[range(len(likely)), self.labels].argsort()[:6].tolist():
+            guess, label = self.classes[likely[i].argmax()], self.classes[self.labels[i]]
+            panels.append(
+                (f"{guess}, {100 * likely[i].max():.0f} %", self.images[i], f"is: {label}")
+            )
+        _row(path, [""] * len(panels), panels)
+
+    def draw_filters(self, path: Path) -> None:
+        """Show the principal components of the patch embedding (Fig. 7 left)."""
+        parts = analysis.filter_components(self.vit.projection.weight.detach(), 28)
+        parts = 127.5 + 127.5 * parts / parts.abs().amax((1, 2, 3), keepdim=True)
+        _mosaic(path, 1.6, "", parts.to(torch.uint8), [""] * 14)
+
+    def draw_position_similarity(self, path: Path) -> None:
+        """Compare the embedding of each position with all (Fig. 7 centre, 10)."""
+        maps = analysis.position_similarity(self.vit4.positions.embedding.weight.detach())
+        light = 255 * (maps - maps.min()) / (1 - maps.min())
+        images = torch.stack([light, light, 255 - light], 1).to(torch.uint8)
+        title = f"cosine similarity: blue {maps.min():.2f}, yellow 1"
+        _mosaic(path, 4.7, title, images, [""] * maps.shape[1])
+
+    def draw_attention_distance(self, path: Path) -> None:
+        """Draw how far each head looks, by block (Fig. 7 right, 11)."""
+        images = self.images[:: max(1, len(self.images) // 128)]
+        weights = analysis.attention_weights(self.vit4, self.preprocess4(images))
+        p, uniform = self.vit4.patches.patch_size, torch.ones_like(weights[:1, :1, :1])
+        distances, even = (analysis.attention_distance(A, p) for A in (weights, uniform))
+        blocks, heads = (range(1, 1 + count) for count in distances.shape)
+        figure, axes = _new_figure(3.6)
+        axes.plot(blocks, distances, "o", label=[f"head {head}" for head in heads])
+        axes.axhline(even.item(), color="black", linestyle="--", label="equal attention to all")
+        axes.set(xlabel="block", ylabel="mean distance looked (pixels)", xticks=blocks, ylim=0)
+        axes.legend(loc="lower right")
+        figure.savefig(path)
+
+    def draw_rollout(self, path: Path) -> None:
+        """Show what the head's input takes from each patch of some images (Fig. 6, 14)."""
+        images = [self.sample(label) for label in range(len(self.classes))]
+        weights = analysis.attention_weights(self.vit4, self.preprocess4(torch.stack(images)))
+        maps = analysis.received(analysis.rollout(weights))
+        images += [_shade(image, light) for image, light in zip(images, maps, strict=True)]
+        title = "above: the image; below: its patches darkened by rollout"
+        _mosaic(path, 2.6, title, torch.stack(images), self.classes)
+
+
+def plot_runs(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw losses and validation accuracy by epoch from the rows of each run's metrics.csv."""
+    figure, row = _new_figure(3.5, 3)
+    for axes, key in zip(row, ("train_loss", "val_loss", "val_accuracy"), strict=True):
+        for name, rows in runs.items():
+            epochs = [float(row["epoch"]) for row in rows]
+            axes.plot(epochs, [float(row[key]) for row in rows], label=name)
+        axes.set(title=key, xlabel="epoch")
+    if len(runs) > 1:
+        axes.legend()
+    figure.savefig(path)
 
 
 def plot_curves(rows: list[dict[str, float]], path: Path) -> None:
     """Draw losses and validation accuracy by epoch from the rows of metrics.csv."""
-    epochs = [row["epoch"] for row in rows]
-    figure = _new_figure(10, 4)
-    losses, accuracy = figure.subplots(1, 2)
-    for name in ("train_loss", "val_loss"):
-        label = {"train_loss": "training", "val_loss": "validation"}[name]
-        losses.plot(epochs, [row[name] for row in rows], marker=".", label=label)
-    losses.set(xlabel="epoch", ylabel="cross entropy (nats)")
-    losses.legend()
-    accuracy.plot(epochs, [row["val_accuracy"] for row in rows], marker=".", color="C1")
-    accuracy.set(xlabel="epoch", ylabel="validation accuracy (%)")
-    for axes in (losses, accuracy):
-        axes.grid(alpha=0.3)
-        axes.locator_params(axis="x", integer=True)
-    figure.savefig(path, dpi=120)
+    plot_runs({"": rows}, path)
 
 
 def plot_class_accuracy(accuracies: dict[str, float], path: Path) -> None:
-    """Draw one bar per class, in percent, and the mean over the classes as a line."""
-    figure = _new_figure(7, 1 + 0.35 * len(accuracies))
-    axes = figure.subplots()
-    names, values = list(accuracies), list(accuracies.values())
-    bars = axes.barh(names, values)
-    axes.bar_label(bars, fmt="%.1f", padding=3)
-    mean = sum(values) / len(values)
-    axes.axvline(mean, color="black", linewidth=1, label=f"mean {mean:.1f}")
-    axes.set(xlabel="accuracy (%)", xlim=(0, 110))
-    axes.invert_yaxis()
-    axes.legend(loc="lower left")
-    figure.savefig(path, dpi=120)
+    """Draw one bar per class, in percent."""
+    figure, axes = _new_figure(1 + 0.3 * len(accuracies))
+    _show(axes, accuracies)
+    axes.bar_label(axes.containers[0], fmt="%.1f", padding=3)
+    mean = sum(accuracies.values()) / len(accuracies)
+    axes.set(xlabel=f"accuracy (%), mean {mean:.1f}", xlim=(0, 110))
+    figure.savefig(path)
+
+
+NAMES = [*ROWS] + [name[5:] for name in vars(Pictures) if name.startswith("draw_")]
+
+
+@one_line_errors("vit.figures")
+def main(argv: list[str]) -> None:
+    """Run the command line."""
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
+    parser.add_argument("--checkpoint", help="The model; default vit/weights/cifar10.pt.")
+    text = "The model of maps over images; default vit/weights/cifar10_patch4.pt."
+    parser.add_argument("--patch4_checkpoint", help=text)
+    others = {*DataConfig.__dataclass_fields__} - {"name", "root"}  # they belong to the checkpoint
+    parser.add_class_arguments(DataConfig, "data", skip=others)
+    parser.add_argument("--out", default="img_VIT", help="Folder of the pictures.")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=", ".join(NAMES))
+    flags = parse_flags(parser, argv)
+    names, out = flags.get("only", NAMES), Path(flags.get("out", "img_VIT"))
+    if unknown := [name for name in names if name not in NAMES]:
+        raise InputError(f"--only {unknown[0]}: the pictures are {', '.join(NAMES)}")
+    pictures = Pictures(flags)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            pictures.draw(name, out / f"{name}.png")
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror or error}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,10 +15,7 @@ from vit.errors import InputError
 
 
 def load_folders(root: Path, size: int) -> tuple[tuple, tuple, list[str]]:
-    """Decode root/train/CLASS/* and root/test/CLASS/*, and name the classes.
-
-    Shapes: → two pairs of uint8 (N, 3, size, size) and labels (N,). Raises InputError.
-    """
+    """Return uint8 images (N, 3, size, size) and labels of train and test, or raise InputError."""
     train, test = (_Folder(root / name, size) for name in ("train", "test"))
     for odd in sorted({*train.classes} ^ {*test.classes}):
         raise InputError(f"{root}: class {odd} is in only one of train and test")
@@ -46,12 +43,11 @@ class _Folder(ImageFolder):
     def __getitem__(self, index: int) -> Tensor | str:
         try:
             return decode(self.samples[index][0], self.size)
-        except InputError as error:
+        except InputError as error:  # raised here, it would come with a traceback
             return str(error)
 
     def decode(self) -> tuple[Tensor, Tensor]:
-        """Decode every image on all cores, in order."""
-        # Below 1,000 files, starting processes costs more than it saves.
+        """Decode every image in order, on all cores where that is worth starting processes."""
         workers = torch.get_num_threads() if len(self) > 1000 else 0
         loader = DataLoader(self, 256, num_workers=workers, collate_fn=_stack)
         batches = list(tqdm(loader, "decoding", unit=" batches", leave=False, disable=None))
@@ -61,14 +57,14 @@ class _Folder(ImageFolder):
 
 
 def _stack(images: list[Tensor | str]) -> Tensor | str:
-    """Stack a batch, or return its first error: raised here, it would come with a traceback."""
+    """Stack a batch, or return its first error."""
     return next((x for x in images if isinstance(x, str)), None) or torch.stack(images)
 
 
 def decode(path: str | Path, size: int) -> Tensor:
-    """Read an image: upright, alpha over white, its shorter side scaled to `size`, centre cropped.
+    """Read an image upright, alpha over white, scaled and cropped to uint8 (3, size, size).
 
-    Shapes: → uint8 (3, size, size). Raises InputError, naming the file.
+    Raises InputError, naming the file.
     """
     try:
         with Image.open(path) as image:

@@ -19,10 +19,7 @@ CHANNELS = 3
 
 
 class Patches(nn.Module):
-    """Cut images into a row-major sequence of flattened patches x_p (Section 3.1).
-
-    Shapes: (B, C, H, W) → (B, N, C·P²), the values of one patch in the order (C, P, P).
-    """
+    """Cut images (B, C, H, W) row by row into patches x_p, (B, N, C·P²), each of (C, P, P)."""
 
     def __init__(self, patch_size: int):
         super().__init__()
@@ -36,10 +33,7 @@ class Patches(nn.Module):
 
 
 class PositionalEmbedding(nn.Module):
-    """Add a learned vector per token position: z₀ = x + E_pos (Eq. 1).
-
-    Shapes: (B, S, D) → (B, S, D).
-    """
+    """Add a learned vector per token position to x, (B, S, D): z₀ = x + E_pos (Eq. 1)."""
 
     def __init__(self, num_tokens: int, embedding_dim: int):
         super().__init__()
@@ -50,10 +44,7 @@ class PositionalEmbedding(nn.Module):
 
 
 def sincos_positions(grid: int, embedding_dim: int) -> Tensor:
-    """Return sines and cosines of the column and the row of each patch, D/4 frequencies each.
-
-    Shapes: → (grid², D), of row-major patches.
-    """
+    """Return sines and cosines of each patch's column and row, D/4 frequencies each: (N, D)."""
     frequencies = 10_000 ** -torch.linspace(0, 1, embedding_dim // 4)
     row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     angles = [place.flatten()[:, None] * frequencies for place in (column, row)]
@@ -61,12 +52,9 @@ def sincos_positions(grid: int, embedding_dim: int) -> Tensor:
 
 
 class SelfAttention(nn.MultiheadAttention):
-    """Multi-head self-attention, MSA(z) of Eq. 2, as Appendix A writes it (Eq. 5-8).
+    """Multi-head self-attention on (B, S, D), MSA(z) of Eq. 2, as Appendix A writes it (Eq. 5-8).
 
-    The parameters, initial values and results are those of its parent, nn.MultiheadAttention.
-    Written out, since torch's fused kernel is slow on a CPU for sequences as short as ours.
-
-    Shapes: (B, S, D) → (B, S, D).
+    Its parent written out, since torch's fused kernel is slow on a CPU for short sequences.
     """
 
     def forward(self, z: Tensor) -> Tensor:
@@ -76,33 +64,25 @@ class SelfAttention(nn.MultiheadAttention):
         return self.out_proj(heads.transpose(1, 2).flatten(2))  # Eq. 8, U_msa
 
     def weights_and_values(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A, of which row i says where token i looks and sums to 1, and v.
-
-        Shapes: (B, S, D) → (B, k, S, S), (B, k, S, D_h).
-        """
+        """Return A, (B, k, S, S), whose rows say where a token looks, and v, (B, k, S, D_h)."""
         qkv = F.linear(z, self.in_proj_weight, self.in_proj_bias)  # Eq. 5, U_qkv: (B, S, 3·D)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return F.softmax(q @ k.mT / self.head_dim**0.5, dim=-1), v  # Eq. 6
 
 
 class EncoderBlock(nn.Module):
-    """One pre-norm block: z′ = MSA(LN(z)) + z (Eq. 2), then MLP(LN(z′)) + z′ (Eq. 3).
+    """One pre-norm block on (B, S, D): z′ = MSA(LN(z)) + z (Eq. 2), MLP(LN(z′)) + z′ (Eq. 3)."""
 
-    Shapes: (B, S, D) → (B, S, D).
-    """
-
-    def __init__(
-        self, embedding_dim: int, num_heads: int, mlp_dim: int, drop_rate: float, norm_eps: float
-    ):
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int, drop_rate: float, norm_eps: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(embedding_dim, norm_eps)
-        self.attention = SelfAttention(embedding_dim, num_heads, drop_rate, batch_first=True)
-        self.norm2 = nn.LayerNorm(embedding_dim, norm_eps)
+        self.norm1 = nn.LayerNorm(dim, norm_eps)
+        self.attention = SelfAttention(dim, num_heads, drop_rate, batch_first=True)
+        self.norm2 = nn.LayerNorm(dim, norm_eps)
         self.mlp = nn.Sequential(
-            nn.Linear(embedding_dim, mlp_dim),
+            nn.Linear(dim, mlp_dim),
             nn.GELU(),
             nn.Dropout(drop_rate),
-            nn.Linear(mlp_dim, embedding_dim),
+            nn.Linear(mlp_dim, dim),
             nn.Dropout(drop_rate),
         )
 
@@ -115,9 +95,8 @@ class ViT(nn.Module):
     """Classify images: patches → tokens (Eq. 1) → L blocks (Eq. 2-3) → y → logits (Eq. 4).
 
     The defaults are the 847,626-parameter model; the paper's own are ViT(**PAPER["ViT-B/16"]) and
-    the other four of `PAPER`.
-
-    Shapes: (B, 3, H, W), normalised → logits (B, K).
+    the other four of `PAPER`. Shapes: (B, 3, H, W), normalised → logits (B, K). Raises ValueError,
+    naming the argument, where a number cannot work or an input does not fit.
 
     Args:
         image_size: height and width of the input images, in pixels.
@@ -132,9 +111,6 @@ class ViT(nn.Module):
         pool: what the head sees: the mean over the patches, or a learned class token.
         final_norm: apply the LayerNorm of Eq. 4 after the last block.
         position_init: where learned positions start: N(0, 1), or 2-D sines and cosines.
-
-    Raises:
-        ValueError: naming the argument, where a number cannot work or an input does not fit.
     """
 
     def __init__(
@@ -170,18 +146,15 @@ class ViT(nn.Module):
             raise ValueError(f"pool {pool!r} is neither 'mean' nor 'class_token'")
         if position_init == "sincos" and embedding_dim % 4:
             raise ValueError(f"embedding_dim {embedding_dim} is not divided by 4 (position_init)")
-        self.image_size = image_size
-        grid = image_size // patch_size
-        num_tokens = grid**2 + (pool == "class_token")
+        self.image_size, grid = image_size, image_size // patch_size
 
         self.patches = Patches(patch_size)
         self.projection = nn.Linear(CHANNELS * patch_size**2, embedding_dim)  # E of Eq. 1
         self.class_token = None if pool == "mean" else nn.Parameter(torch.zeros(embedding_dim))
-        self.positions = PositionalEmbedding(num_tokens, embedding_dim)
+        self.positions = PositionalEmbedding(grid**2 + (pool == "class_token"), embedding_dim)
         if position_init == "sincos":  # a class token's row stays as it is
-            self.positions.embedding.weight.data[-grid * grid :] = sincos_positions(
-                grid, embedding_dim
-            )
+            start = sincos_positions(grid, embedding_dim)
+            self.positions.embedding.weight.data[-len(start) :] = start
         block = embedding_dim, num_heads, mlp_dim, drop_rate, norm_eps
         self.blocks = nn.Sequential(*(EncoderBlock(*block) for _ in range(num_blocks)))
         self.norm = nn.LayerNorm(embedding_dim, norm_eps) if final_norm else nn.Identity()
@@ -190,10 +163,9 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         size = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (CHANNELS, size, size):
-            raise ValueError(
-                f"images must have shape (B, {CHANNELS}, {size}, {size}), got {tuple(images.shape)}"
-            )
+        if images.shape[1:] != (CHANNELS, size, size):
+            expected = f"(B, {CHANNELS}, {size}, {size})"
+            raise ValueError(f"images must have shape {expected}, got {tuple(images.shape)}")
         x = self.projection(self.patches(images))  # Eq. 1: x_p E, (B, N, D)
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)  # (B, N + 1, D)

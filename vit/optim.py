@@ -11,10 +11,9 @@ from vit.model import ViT
 
 
 class Muon(Optimizer):
-    """torch.optim.Muon for all matrices of one shape at a time, in a third of the operations.
+    """torch.optim.Muon (Jordan et al., 2024) for all matrices of one shape at a time, thus faster.
 
-    Momentum, then its nearest (semi-)orthogonal matrix (Jordan et al., 2024), whose learning rate
-    is scaled by √max(1, rows / columns); decoupled weight decay.
+    Momentum, made orthogonal and scaled by √max(1, rows / columns); decoupled weight decay.
     """
 
     def __init__(self, groups: list[dict], weight_decay: float, momentum: float = 0.95):
@@ -40,10 +39,7 @@ class Muon(Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Bring all singular values near 1 by five Newton-Schulz steps in bfloat16.
-
-    Shapes: (n, rows, columns) → the same, in bfloat16.
-    """
+    """Bring all singular values of (n, rows, columns) near 1 by 5 Newton-Schulz steps, bfloat16."""
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.bfloat16().mT if is_tall else matrices.bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
@@ -55,22 +51,19 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def make_optimizers(model: ViT, recipe: TrainConfig) -> list[Optimizer]:
-    """Return optimisers that together hold every parameter of the model exactly once.
-
-    One for "adam", "adamw" and "sgd"; "muon" is Muon for the matrices of the blocks and AdamW for
-    everything else.
-    """
+    """Return the recipe's optimisers; "muon" is Muon for the blocks' matrices, AdamW for others."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    if recipe.optimizer != "muon":
-        matrices = []
-    rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    kind = {"adam": Adam, "sgd": SGD}.get(recipe.optimizer, AdamW)
-    options = dict(momentum=0.9) if kind is SGD else {}
-    decay, rate = recipe.weight_decay, recipe.learning_rate
-    optimizers = [kind(_group(rest, rate), weight_decay=decay, fused=True, **options)]
-    if matrices:
-        optimizers.insert(0, Muon(_group(matrices, recipe.muon_learning_rate), decay))
-    return optimizers
+    held = {*matrices} if recipe.optimizer == "muon" else set()
+    rest = _group([p for p in model.parameters() if p not in held], recipe.learning_rate)
+    options = dict(weight_decay=recipe.weight_decay, fused=True)
+    if recipe.optimizer == "sgd":
+        return [SGD(rest, momentum=0.9, **options)]
+    if recipe.optimizer == "adam":
+        return [Adam(rest, **options)]
+    if recipe.optimizer == "adamw":
+        return [AdamW(rest, **options)]
+    muon = Muon(_group(matrices, recipe.muon_learning_rate), recipe.weight_decay)
+    return [muon, AdamW(rest, **options)]
 
 
 def _group(parameters: list[Tensor], rate: float) -> list[dict]:

@@ -26,8 +26,6 @@ NAMES = {
     "encoder.ln": "norm",
     "heads.head": "head",
 }
-
-
 POSITIONS, HEAD = "positions.embedding.weight", "head.weight"
 
 
@@ -39,49 +37,46 @@ def from_torchvision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             name = name.replace(part, replacement)
         if name == "class_token":
             tensor = tensor.flatten()  # (1, 1, D) → (D,)
-        elif name == "positions.embedding.weight":
+        elif name == POSITIONS:
             tensor = tensor.flatten(0, -2)  # (1, S, D) → (S, D)
         elif name == "projection.weight":
             tensor = tensor.flatten(1)  # a convolution's (D, 3, P, P) → (D, 3·P²)
-        if name in ours:
-            raise ValueError(f"{name} is there twice")
         ours[name] = tensor
     return ours
 
 
 def resize_positions(positions: Tensor, num_tokens: int, class_tokens: int) -> Tensor:
-    """Interpolate position embeddings in two dimensions, as in Section 3.2, bicubically.
+    """Interpolate positions (S, D) to (num_tokens, D) (Section 3.2); a class token's stays.
 
-    The first `class_tokens` rows, 0 or 1, belong to no place in the image and stay as they are.
-
-    Shapes: (S, D) → (num_tokens, D). Raises ValueError where the patches form no square.
+    Raises ValueError where the patches form no square.
     """
     special, grid = positions[:class_tokens], positions[class_tokens:]
     old, new = math.isqrt(len(grid)), math.isqrt(num_tokens - class_tokens)
     if old**2 != len(grid):
         raise ValueError(f"{POSITIONS}: {len(grid)} patches are no square")
-    grid = grid.unflatten(0, (old, old)).permute(2, 0, 1)  # (D, rows, columns)
-    # There is no such interpolation of 16 bits on a CPU.
-    grid = F.interpolate(grid[None].float(), (new, new), mode="bicubic", antialias=True)[0]
+    grid = grid.float().unflatten(0, (old, old)).permute(2, 0, 1)[None]  # (1, D, rows, columns)
+    grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True)[0]
     return torch.cat([special.float(), grid.flatten(1).T])
 
 
 def load_pretrained(model: ViT, source: str) -> None:
     """Put weights into a model: torchvision's, by one of its names or from a file, or our own.
 
-    Position embeddings of another resolution are resized; a head of another number of classes is
-    replaced by zeros (Section 3.2). Raises InputError, naming the source, and the keys that differ.
+    Positions of another resolution are resized, and a head of other classes replaced by zeros
+    (Section 3.2). Raises InputError, naming the source and the keys that differ.
     """
     own, done = model.state_dict(), [f"weights of {source}"]
     try:
         weights = from_torchvision(_read(source))
-        if POSITIONS in weights and len(weights[POSITIONS]) != len(own[POSITIONS]):
-            args = weights[POSITIONS], len(own[POSITIONS]), int("class_token" in weights)
-            done.append(f"positions resized from {len(args[0])} tokens to {args[1]}")
-            weights[POSITIONS] = resize_positions(*args)
+        old, tokens = weights.get(POSITIONS), len(own[POSITIONS])
+        if old is not None and len(old) != tokens:
+            done.append(f"positions resized from {len(old)} tokens to {tokens}")
+            weights[POSITIONS] = resize_positions(old, tokens, int("class_token" in weights))
         if HEAD in weights and len(weights[HEAD]) != len(own[HEAD]):
             done.append(f"head of {len(weights[HEAD])} classes replaced by zeros")
             weights |= {k: torch.zeros_like(own[k]) for k in (HEAD, "head.bias") if k in weights}
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise ValueError("they are not finite")
         model.load_state_dict(weights, strict=True)
     except Exception as error:  # a damaged or foreign file raises almost anything
         fault = str(error) or type(error).__name__
@@ -96,8 +91,7 @@ def _read(source: str) -> dict[str, Tensor]:
         names = list_models(include="vit_*")
         if source not in names:
             raise ValueError(f"no such file, and none of torchvision's {', '.join(names)}")
-        # Without weights_only, torch would run code that the file may hold.
-        safe = dict(check_hash=True, map_location="cpu", weights_only=True)
+        safe = dict(check_hash=True, map_location="cpu", weights_only=True)  # runs no code in it
         return get_model_weights(source).DEFAULT.get_state_dict(**safe)
     if not zipfile.is_zipfile(source):  # torch's format before version 1.6 holds no checksums
         return torch.load(source, map_location="cpu", weights_only=True)

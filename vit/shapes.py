@@ -19,10 +19,7 @@ SHAPES = {
 
 
 def draw_shapes(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw images of random colour, size, place and noise, the same number of every shape.
-
-    A pure function of its arguments. Shapes: uint8 (count, 3, 32, 32), labels (count,).
-    """
+    """Draw uint8 images (count, 3, 32, 32) of random colour, size, place and noise; and labels."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % len(SHAPES)
     radius = rng.uniform(8, 14, (count, 1, 1)).astype(np.float32)

@@ -18,22 +18,19 @@ FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "sve_bf16")  # instructions of a pro
 
 
 def pick_device(name: str, precision: str) -> tuple[torch.device, str]:
-    """Return the device and precision that "auto" stands for on this machine, and print them.
-
-    Raises InputError where the named device is not there.
-    """
+    """Return and print what "auto" stands for. Raises InputError where a device is not there."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next((kind for kind, is_there in found.items() if is_there), "cpu")
     elif not found.get(name, True):
         raise InputError(f"device {name}: this machine, or this torch, has no such device")
-    device, kind = torch.device(name), f"{torch.get_num_threads()} threads"
     if name == "cuda":
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
         kind = torch.cuda.get_device_name()
         is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
+        device, kind = torch.device(name), f"{torch.get_num_threads()} threads"
         instructions = getattr(torch.cpu, "get_capabilities", dict)() if name == "cpu" else {}
         is_fast = any(instructions.get(name) for name in FAST_BFLOAT16)
     if precision == "auto":
@@ -52,10 +49,7 @@ def derive_seed(*numbers: int) -> int:
 def prepare(
     step: Callable, loss_of: Callable, state: TrainState, recipe: TrainConfig, **inputs: Any
 ) -> Callable[[Tensor, Tensor], None]:
-    """Return the training step as a function of images and labels, executed as the recipe says.
-
-    Raises InputError where this machine cannot execute it so.
-    """
+    """Return the step of images and labels, as the recipe executes it. Raises InputError."""
     execution, device = recipe.execution, state.loss_sum.device
     can_capture = device.type == "cuda" and WORLD_SIZE == 1
     if execution == "graph" and not can_capture:
@@ -64,44 +58,40 @@ def prepare(
         try:  # on something small, before the run's folder is made
             torch.compile(torch.neg)(torch.zeros(1, device=device))
         except Exception as error:  # whatever a missing compiler or header makes of it
-            fault = str(error).strip().splitlines()[0]
-            raise InputError(f"train.execution compiled needs a C++ compiler: {fault}") from None
+            fault = f"train.execution compiled needs a C++ compiler: {error!s:.300}"
+            raise InputError(fault) from None
         loss_of = torch.compile(loss_of)
     step = functools.partial(step, state, recipe=recipe, loss_of=loss_of, **inputs)
-    is_captured = execution == "graph" or (execution == "auto" and can_capture)
-    return CapturedStep(step, state) if is_captured else step
+    return CapturedStep(step, state) if can_capture and execution in ("auto", "graph") else step
 
 
 class CapturedStep:
-    """A step as one CUDA graph: the first calls are eager, then it is captured and replayed.
-
-    A replay draws the random numbers of the seed that is set before it, as an eager step would.
-    """
+    """A step as one CUDA graph, after eager calls; a replay draws the random numbers of a seed."""
 
     eager_calls = 3  # they make the optimisers' state and warm the kernels up, on a side stream
 
     def __init__(self, step: Callable[[Tensor, Tensor], None], state: TrainState):
-        self.step, self.optimizers, self.graph = step, state.optimizers, None
-        self.inputs: tuple[Tensor, Tensor] | None = None
+        self.step, self.optimizers = step, state.optimizers
+        self.images = self.labels = self.graph = None
         self.stream = torch.cuda.Stream()
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
-        if self.inputs is None:
-            self.inputs = images.clone(), labels.clone()
-        for static, given in zip(self.inputs, (images, labels), strict=True):
-            static.copy_(given)
+        if self.images is None:
+            self.images, self.labels = images.clone(), labels.clone()
+        self.images.copy_(images)
+        self.labels.copy_(labels)
         if self.eager_calls:
             self.eager_calls -= 1
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                self.step(*self.inputs)
+                self.step(self.images, self.labels)
             torch.cuda.current_stream().wait_stream(self.stream)
             return
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             self._set_capturable(True)
             with torch.cuda.graph(self.graph, stream=self.stream):
-                self.step(*self.inputs)
+                self.step(self.images, self.labels)
             self._set_capturable(False)
         self.graph.replay()
 

@@ -1,0 +1,98 @@
+"""python -m vit.figures as a user runs it, with tiny models and generated images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vit.data
+from vit import ViT, figures
+from vit.checkpoint import FORMAT
+from vit.config import Config
+from vit.shapes import SHAPES, draw_shapes
+
+TINY = dict(embedding_dim=16, num_heads=2, mlp_dim=24)
+
+
+def write_checkpoint(path: Path, **arguments) -> Path:
+    """Write a checkpoint of a tiny model of random weights."""
+    torch.manual_seed(0)
+    arguments = TINY | arguments
+    content = {"format": FORMAT, "model": ViT(**arguments).state_dict(), "average": None}
+    content |= {"config": Config.from_dict({"model": arguments}).to_dict(), "classes": [*SHAPES]}
+    torch.save(content | {"mean": [0.5] * 3, "std": [0.25] * 3, "fingerprint": ""}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    """Checkpoints of both models, few images, and the results of two runs."""
+    folder = tmp_path_factory.mktemp("figures")
+    large = write_checkpoint(folder / "p8.pt", patch_size=8)
+    small = write_checkpoint(folder / "p4.pt", patch_size=4, num_blocks=3, pool="class_token")
+    lines = "epoch,train_loss,val_loss,val_accuracy\n1,2,2.5,40\n2,1,1.5,60"
+    for run in "fast", "slow":
+        (folder / f"{run}.csv").write_text(lines)
+    with pytest.MonkeyPatch.context() as patch:
+        few = {10_000: 100, 2_000: 100}
+        patch.setattr(vit.data, "draw_shapes", lambda n, seed: draw_shapes(few[n], seed))
+        patch.setattr(figures, "RESULTS", folder)
+        models = ["--checkpoint", str(large), "--patch4_checkpoint", str(small)]
+        yield [*models, "--data.name", "shapes"]
+
+
+def test_every_picture_is_drawn_small_and_not_blank(flags, tmp_path):
+    assert figures.main([*flags, "--out", str(tmp_path / "new/img")]) == 0
+    names = "model patches positions block layer_norm attention mlp classes curves class_accuracy"
+    names += " confusion mistakes filters position_similarity attention_distance rollout"
+    files = sorted((tmp_path / "new/img").iterdir())
+    assert [f.name for f in files] == sorted(f"{name}.png" for name in names.split())
+    for file in files:
+        picture = np.asarray(Image.open(file).convert("RGB")).astype(float)
+        dark = (picture.mean(-1) < 160).mean()
+        assert picture.std() > 15 and 0.001 < dark < 0.9, (file, picture.std(), dark)
+        assert (picture[0, 0] == 255).all() and file.stat().st_size < 300_000, file
+
+
+def test_only_draws_just_that_picture(flags, tmp_path, capsys):
+    assert figures.main([*flags, "--out", str(tmp_path), "--only", "filters"]) == 0
+    assert [f.name for f in tmp_path.iterdir()] == ["filters.png"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_cannot_be_drawn_is_one_line_and_exit_code_2(flags, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    torch.save(torch.load(flags[1]) | {"classes": [*"abcdefghij"]}, tmp_path / "renamed.pt")
+    names = ", ".join(figures.NAMES)
+    for argv, message in (
+        (["--only", "block", "bloc"], f"--only bloc: the pictures are {names}"),
+        (["--checkpoint", f"{tmp_path}/no.pt"], f"{tmp_path}/no.pt: no such file"),
+        (["--checkpoint", f"{tmp_path}/renamed.pt"], "other classes"),
+        (["--only", "block", "--out", f"{tmp_path}/file/x"], f"--out {tmp_path}/file/x: "),
+        (["--data.name", "mnist"], "data.name"),
+    ):
+        code, (out, err) = figures.main([*flags, *argv]), capsys.readouterr()
+        assert (code, out, len(err.splitlines())) == (2, "", 1), err
+        assert err.startswith("vit.figures: ") and message in err, err
+
+
+def test_the_labels_of_the_block_come_from_the_model():
+    counts = ["512", "263,168", "512", "131,584"]  # worked out by hand for the default model
+    labels = figures.block_labels(ViT().blocks[0])
+    assert [label.splitlines()[-1] for label in labels] == counts
+    assert labels[1].startswith("attention\n2 heads") and "256 → 256 → 256" in labels[3]
+    block = ViT(embedding_dim=12, num_heads=3, mlp_dim=20).blocks[0]
+    labels = figures.block_labels(block)
+    counts = [2 * 12, 4 * (12 * 12 + 12), 2 * 12, 12 * 20 + 20 + 20 * 12 + 12]
+    assert [label.splitlines()[-1] for label in labels] == [str(count) for count in counts]
+
+
+def test_shading_keeps_the_patch_looked_at_and_darkens_the_others():
+    image = torch.full((3, 8, 8), 200, dtype=torch.uint8)
+    for weights in ([0, 0, 1, 0.0], [5, 0, 0, 1, 0.0]):  # the second one with a class token
+        shaded = figures._shade(image, torch.tensor(weights))
+        assert (shaded[:, 4:, :4] == 200).all()
+        assert shaded.float().sum() == 3 * 16 * (200 + 3 * 50)
+    assert (figures._shade(image, torch.full((4,), 0.25)) == 50).all()  # no division by zero
