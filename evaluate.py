@@ -19,15 +19,17 @@ from vit.figures import plot_class_accuracy
 from vit.model import ViT
 from vit.step import pick_device
 
+WEIGHTS = Path(__file__).parent / "vit" / "weights"
+
 
 def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
     """Return parameters, accuracies and speed on the test images. Raises InputError."""
-    if "checkpoint" not in flags:
-        raise InputError("--checkpoint FILE is missing")
-    model, preprocess, config, classes = load_model(flags["checkpoint"])
+    checkpoint = Path(flags.get("checkpoint", WEIGHTS / "cifar10.pt"))
+    model, preprocess, config, classes = load_model(checkpoint)
     data_config = dataclasses.replace(config.data, **flags.get("data", {}))
     precision = flags.get("precision", config.train.precision)  # that of the training
     device, precision = pick_device(flags.get("device", "auto"), precision)
+    print(f"weights {checkpoint}, data {data_config.name} in {data_config.root}", file=sys.stderr)
     data = load_dataset(data_config, config.model["image_size"], config.model["num_classes"])
     if data.classes != classes:
         odd = next(a for a, b in zip(classes, data.classes, strict=True) if a != b)
@@ -43,7 +45,7 @@ def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
     confusion = confusion_matrix(logits, labels)
     per_class = (100 * confusion.diagonal() / confusion.sum(1)).tolist()
     return {
-        "checkpoint": str(flags["checkpoint"]),
+        "checkpoint": str(checkpoint),
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameters_by_part": count_by_part(model),
         "test_accuracy": accuracy,
@@ -76,7 +78,8 @@ def report(result: dict[str, Any]) -> str:
 @one_line_errors("evaluate.py")
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
-    parser.add_argument("--checkpoint", help="File that train.py wrote: runs/NAME/checkpoint.pt.")
+    text = "File that train.py wrote, runs/NAME/checkpoint.pt; default the weights that ship."
+    parser.add_argument("--checkpoint", help=text)
     others = {*DataConfig.__dataclass_fields__} - {"name", "root"}  # they belong to the checkpoint
     parser.add_class_arguments(DataConfig, "data", skip=others)
     hide_section_flags(parser)

@@ -114,7 +114,7 @@ class Pictures:
 
     def __init__(self, flags: dict[str, Any]):
         file = flags.get("checkpoint", WEIGHTS / "cifar10.pt")
-        small_patches = flags.get("patch4_checkpoint", WEIGHTS / "cifar10_patch4.pt")
+        small_patches = flags.get("patch4_checkpoint", file)
         self.vit, self.preprocess, config, self.classes = load_model(file)
         self.vit4, self.preprocess4, *_ = load_model(small_patches)  # for maps over the image
         data_config = dataclasses.replace(config.data, **flags.get("data", {}))
@@ -318,7 +318,7 @@ def main(argv: list[str]) -> None:
     """Run the command line."""
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
     parser.add_argument("--checkpoint", help="The model; default vit/weights/cifar10.pt.")
-    text = "The model of maps over images; default vit/weights/cifar10_patch4.pt."
+    text = "A model of small patches, for the maps over images; default that of --checkpoint."
     parser.add_argument("--patch4_checkpoint", help=text)
     others = {*DataConfig.__dataclass_fields__} - {"name", "root"}  # they belong to the checkpoint
     parser.add_class_arguments(DataConfig, "data", skip=others)

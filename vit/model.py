@@ -144,6 +144,8 @@ class ViT(nn.Module):
             raise ValueError(f"norm_eps {norm_eps} is outside (0, 1)")
         if pool not in ("mean", "class_token"):
             raise ValueError(f"pool {pool!r} is neither 'mean' nor 'class_token'")
+        if position_init not in ("normal", "sincos"):
+            raise ValueError(f"position_init {position_init!r} is neither 'normal' nor 'sincos'")
         if position_init == "sincos" and embedding_dim % 4:
             raise ValueError(f"embedding_dim {embedding_dim} is not divided by 4 (position_init)")
         self.image_size, grid = image_size, image_size // patch_size
