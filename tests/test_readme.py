@@ -22,5 +22,5 @@ def test_every_quoted_line_of_code_stands_in_the_model():
 def test_every_picture_and_config_that_it_names_is_there():
     named = re.findall(r"\((img_VIT/\S+?)\)", README) + re.findall(r"configs/\w+\.yaml", README)
     assert len(named) > 10
-    for path in named:
+    for path in set(named) - {"configs/NAME.yaml"}:
         assert (ROOT / path).is_file(), path
