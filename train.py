@@ -85,7 +85,6 @@ def train(config: Config, device: torch.device, run: Run) -> None:
 
     # Everything that training changes, and the step that changes it: eager, compiled or captured.
     state = TrainState(model, make_optimizers(model, recipe), recipe.ema_decay)
-    evaluated = state.average or model
     teacher = load_teacher(recipe.teacher, data.fingerprint, device) if recipe.teacher else None
     step = prepare(training_step, batch_loss, state, recipe, preprocess=preprocess, teacher=teacher)
     run.restore(state, data)
@@ -108,11 +107,10 @@ def train(config: Config, device: torch.device, run: Run) -> None:
             run.after_step(state)  # saves when due; stops after a signal
             if i % 50 == 49 and not bar.disable:
                 bar.set_postfix(loss=f"{state.loss_sum.item() / (i + 1):.4f}")
-
         run.check_finite(state)
         train_loss = total(state.loss_sum).item() / WORLD_SIZE / steps_per_epoch
         speed = state.images / state.tick()
-        loss, accuracy = evaluate(evaluated, data.val, preprocess, recipe.precision)
+        loss, accuracy = evaluate(state.average or model, data.val, preprocess, recipe.precision)
         row = dict(epoch=epoch + 1, train_loss=train_loss, val_loss=loss, val_accuracy=accuracy)
         rate = state.optimizers[-1].param_groups[0]["lr"].item()
         state.end_epoch(row | dict(learning_rate=rate, images_per_second=speed))
@@ -121,7 +119,7 @@ def train(config: Config, device: torch.device, run: Run) -> None:
             print(", ".join(f"{k} {v:.5g}" for k, v in state.history[-1].items()), flush=True)
 
     if recipe.evaluate_test and state.test is None:  # the test images, looked at once
-        loss, accuracy = evaluate(evaluated, data.test, preprocess, recipe.precision)
+        loss, accuracy = evaluate(state.average or model, data.test, preprocess, recipe.precision)
         state.test = {"loss": loss, "accuracy": accuracy, "images": len(data.test.labels)}
         run.save(state)
     run.finish(state)
@@ -129,6 +127,7 @@ def train(config: Config, device: torch.device, run: Run) -> None:
 
 @one_line_errors("train.py")
 def main(argv: list[str]) -> None:
+    """Run the command line."""
     flags = parse_flags(config_parser(with_flags=True), argv)
     if "resume" in flags:
         folder = Path(flags["resume"])
