@@ -63,7 +63,7 @@ def _show(axes, values: Tensor | dict[str, float]) -> None:
 
 def _row(path: Path, signs: list[str], panels: list[tuple]) -> None:
     """Draw panels side by side: a sign on the left of each, a title, values and a text below."""
-    figure, row = _new_figure(1 + 9 / len(panels), len(panels))
+    figure, row = _new_figure(1.4 + 9 / len(panels), len(panels))
     for axes, sign, (title, values, text) in zip(row, signs, panels, strict=True):
         _show(axes, values)
         axes.set_title(title, fontsize=11)
@@ -235,9 +235,10 @@ class Pictures:
         figure.savefig(path)
 
     def draw_mistakes(self, path: Path) -> None:
-        """Show the test images whose true class is the least likely for the model."""
+        """Show the wrongly classified test images of which the model is the surest."""
         likely, panels = self.logits.softmax(1), []
-        for i in likely[range(len(likely)), self.labels].argsort()[:6].tolist():
+        surest = likely.amax(1).argsort(descending=True)
+        for i in surest[likely.argmax(1)[surest] != self.labels[surest]][:6].tolist():
             guess, label = self.classes[likely[i].argmax()], self.classes[self.labels[i]]
             panels.append(
                 (f"{guess}, {100 * likely[i].max():.0f} %", self.images[i], f"is: {label}")
@@ -267,6 +268,7 @@ class Pictures:
         blocks, heads = (range(1, 1 + count) for count in distances.shape)
         figure, axes = _new_figure(3.6)
         axes.plot(blocks, distances, "o", label=[f"head {head}" for head in heads])
+        axes.margins(y=0.3)  # before ylim, so that no dot is cut
         axes.axhline(even.item(), color="black", linestyle="--", label="equal attention to all")
         axes.set(xlabel="block", ylabel="mean distance looked (pixels)", xticks=blocks, ylim=0)
         axes.legend(loc="lower right")
