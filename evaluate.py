@@ -8,10 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
-
-from vit.checkpoint import load_model
-from vit.config import DataConfig, hide_section_flags, parse_flags
+from vit.checkpoint import CIFAR10_WEIGHTS, load_model
+from vit.config import parse_flags, weights_parser
 from vit.data import load_dataset
 from vit.errors import InputError, one_line_errors
 from vit.evaluation import confusion_matrix, loss_and_accuracy, predict
@@ -19,12 +17,10 @@ from vit.figures import plot_class_accuracy
 from vit.model import ViT
 from vit.step import pick_device
 
-WEIGHTS = Path(__file__).parent / "vit" / "weights"
-
 
 def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
     """Return parameters, accuracies and speed on the test images. Raises InputError."""
-    checkpoint = Path(flags.get("checkpoint", WEIGHTS / "cifar10.pt"))
+    checkpoint = Path(flags.get("checkpoint", CIFAR10_WEIGHTS))
     model, preprocess, config, classes = load_model(checkpoint)
     data_config = dataclasses.replace(config.data, **flags.get("data", {}))
     precision = flags.get("precision", config.train.precision)  # that of the training
@@ -77,12 +73,8 @@ def report(result: dict[str, Any]) -> str:
 
 @one_line_errors("evaluate.py")
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
-    text = "File that train.py wrote, runs/NAME/checkpoint.pt; default the weights that ship."
-    parser.add_argument("--checkpoint", help=text)
-    others = {*DataConfig.__dataclass_fields__} - {"name", "root"}  # they belong to the checkpoint
-    parser.add_class_arguments(DataConfig, "data", skip=others)
-    hide_section_flags(parser)
+    """Run the command line."""
+    parser = weights_parser()
     parser.add_argument("--device", type=Literal["auto", "cuda", "mps", "cpu"], default="auto")
     parser.add_argument("--precision", type=Literal["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")

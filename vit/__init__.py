@@ -1,7 +1,5 @@
 """A Vision Transformer to read beside the paper (arXiv 2010.11929)."""
 
-from pathlib import Path
-
 from vit.model import PAPER, ViT
 
 __all__ = ["PAPER", "ViT", "load"]
@@ -12,7 +10,7 @@ def load(name: str = "cifar10"):
 
     Raises InputError where there is no such file.
     """
-    from vit.checkpoint import load_model  # here, since vit.checkpoint imports this package
+    from vit.checkpoint import WEIGHTS, load_model  # here, since it imports this package
 
-    model, preprocess, *_ = load_model(Path(__file__).parent / "weights" / f"{name}.pt")
+    model, preprocess, *_ = load_model(WEIGHTS / f"{name}.pt")
     return model.eval(), preprocess

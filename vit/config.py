@@ -167,6 +167,17 @@ def hide_section_flags(parser: ArgumentParser) -> None:
         action.help = SUPPRESS
 
 
+def weights_parser() -> ArgumentParser:
+    """Return a parser of --checkpoint and where its images are, for what uses trained weights."""
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
+    text = "File that train.py wrote, runs/NAME/checkpoint.pt; default the weights that ship."
+    parser.add_argument("--checkpoint", help=text)
+    others = {*DataConfig.__dataclass_fields__} - {"name", "root"}  # they belong to the checkpoint
+    parser.add_class_arguments(DataConfig, "data", skip=others)
+    hide_section_flags(parser)
+    return parser
+
+
 def parse_flags(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
     """Return the flags given, as nested dictionaries. Raises InputError, naming the flag."""
     try:

@@ -8,23 +8,23 @@ import csv
 import dataclasses
 import math
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from vit import analysis
-from vit.checkpoint import load_model
-from vit.config import DataConfig, parse_flags
+from vit.checkpoint import CIFAR10_WEIGHTS, load_model
+from vit.config import parse_flags, weights_parser
 from vit.data import load_dataset
 from vit.errors import InputError, one_line_errors
 from vit.evaluation import confusion_matrix, predict
 from vit.model import EncoderBlock
 
-WEIGHTS, RESULTS = Path(__file__).parent / "weights", Path(__file__).parents[1] / "configs/results"
+RESULTS = Path(__file__).parents[1] / "configs" / "results"
 EXAMPLE_CLASS, EXAMPLE_NUMBER = 7, 6  # the image that is followed: the seventh horse of the test
 QUERY = -7  # the patch whose attention is shown, counted from the end
 ROWS = {  # pictures that are a row of panels, by the panels' names
@@ -113,19 +113,26 @@ class Pictures:
     """What the pictures show, and a method for each, which writes it to a path."""
 
     def __init__(self, flags: dict[str, Any]):
-        file = flags.get("checkpoint", WEIGHTS / "cifar10.pt")
-        small_patches = flags.get("patch4_checkpoint", file)
+        file = flags.get("checkpoint", CIFAR10_WEIGHTS)
         self.vit, self.preprocess, config, self.classes = load_model(file)
-        self.vit4, self.preprocess4, *_ = load_model(small_patches)  # for maps over the image
+        self.vit4, self.preprocess4 = self.vit, self.preprocess  # for maps over the image
+        if "patch4_checkpoint" in flags:
+            self.vit4, self.preprocess4, *_ = load_model(flags["patch4_checkpoint"])
         data_config = dataclasses.replace(config.data, **flags.get("data", {}))
         data = load_dataset(data_config, self.vit.image_size, len(self.classes))
         if data.classes != self.classes:
             raise InputError(f"data.root {data_config.root}: other classes than the checkpoint's")
         self.images, self.labels = data.test
         self.image = self.sample(EXAMPLE_CLASS % len(self.classes))
-        self.logits = predict(self.vit, self.images, self.preprocess, "float32")
+
+    @cached_property
+    def logits(self) -> Tensor:
+        return predict(self.vit, self.images, self.preprocess, "float32")
+
+    @cached_property
+    def confusion(self) -> Tensor:  # each row in percent of a class
         counts = confusion_matrix(self.logits, self.labels)
-        self.confusion = 100 * counts / counts.sum(1, keepdim=True)  # rows: % of a class
+        return 100 * counts / counts.sum(1, keepdim=True)
 
     def sample(self, label: int, number: int = EXAMPLE_NUMBER) -> Tensor:
         own = self.images[self.labels == label]
@@ -318,12 +325,9 @@ NAMES = [*ROWS] + [name[5:] for name in vars(Pictures) if name.startswith("draw_
 @one_line_errors("vit.figures")
 def main(argv: list[str]) -> None:
     """Run the command line."""
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
-    parser.add_argument("--checkpoint", help="The model; default vit/weights/cifar10.pt.")
+    parser = weights_parser()
     text = "A model of small patches, for the maps over images; default that of --checkpoint."
     parser.add_argument("--patch4_checkpoint", help=text)
-    others = {*DataConfig.__dataclass_fields__} - {"name", "root"}  # they belong to the checkpoint
-    parser.add_class_arguments(DataConfig, "data", skip=others)
     parser.add_argument("--out", default="img_VIT", help="Folder of the pictures.")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=", ".join(NAMES))
     flags = parse_flags(parser, argv)
