@@ -23,6 +23,7 @@ COUNTS = dict(
     b_16=86_567_656, b_32=88_224_232, l_16=304_326_632, l_32=306_535_400, h_14=632_045_800
 )
 B16 = dict(image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072)
+L16_TWO_BLOCKS = B16 | dict(num_layers=2, num_heads=16, hidden_dim=1024, mlp_dim=4096)
 SMALL = dict(image_size=24, patch_size=4, num_layers=3, num_heads=3, hidden_dim=36, mlp_dim=50)
 OURS_SMALL = dict(image_size=24, patch_size=4, num_blocks=3, num_heads=3, embedding_dim=36)
 OURS_SMALL |= dict(mlp_dim=50, num_classes=1000, norm_eps=1e-6, pool="class_token", final_norm=True)
@@ -50,7 +51,16 @@ def random_torchvision(**arguments) -> VisionTransformer:
     return model
 
 
-@pytest.mark.parametrize("theirs, ours", [(B16, PAPER["ViT-B/16"]), (SMALL, OURS_SMALL)])
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [
+        (B16, PAPER["ViT-B/16"]),
+        (B16 | dict(patch_size=32, num_layers=2), PAPER["ViT-B/32"] | dict(num_blocks=2)),
+        (L16_TWO_BLOCKS, PAPER["ViT-L/16"] | dict(num_blocks=2)),
+        (SMALL, OURS_SMALL),
+    ],
+    ids=["B/16", "B/32, 2 blocks", "L/16, 2 blocks", "small"],
+)
 def test_logits_equal_torchvisions_to_the_last_decimal(theirs, ours):
     theirs, model = random_torchvision(**theirs), ViT(**ours).eval()
     model.load_state_dict(from_torchvision(theirs.state_dict()))
