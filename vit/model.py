@@ -40,7 +40,7 @@ class PositionalEmbedding(nn.Module):
         self.embedding = nn.Embedding(num_tokens, embedding_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.embedding.weight  # every position once, in order
+        return x + self.embedding.weight.to(x.dtype)  # every position once, in order
 
 
 def sincos_positions(grid: int, embedding_dim: int) -> Tensor:

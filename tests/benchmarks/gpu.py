@@ -68,7 +68,7 @@ def microseconds(tiny: bool) -> None:
         for batch_size in (8,) if tiny else (64, 250, 1000, 4096):
             for execution in ("eager", "graph", "compiled") if on_cuda else ("eager",):
                 seconds = 0.1 if tiny else 1.0
-                speed = measure("ours", execution, best, batch_size, seconds, optimizer)
+                speed, _ = measure("ours", execution, best, batch_size, seconds, optimizer)
                 row = f"{optimizer:<6} batch {batch_size:>5} {execution:<9}"
                 print(
                     f"{row} {1e6 * batch_size / speed:9.0f} µs {speed:11.0f} images/s", flush=True
