@@ -8,19 +8,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from vit.checkpoint import CIFAR10_WEIGHTS, load_model
 from vit.config import parse_flags, weights_parser
 from vit.data import load_dataset
 from vit.errors import InputError, one_line_errors
 from vit.evaluation import confusion_matrix, loss_and_accuracy, predict
-from vit.figures import plot_class_accuracy
+from vit.figures import plot_attention, plot_class_accuracy, plot_confusion, plot_mistakes
+from vit.images import decode, is_image_name
 from vit.model import ViT
 from vit.step import pick_device
 
 
 def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return parameters, accuracies and speed on the test images. Raises InputError."""
-    checkpoint = Path(flags.get("checkpoint", CIFAR10_WEIGHTS))
+    """Return parameters, accuracies and speed on a split, and draw them. Raises InputError."""
+    checkpoint, split = Path(flags.get("checkpoint", CIFAR10_WEIGHTS)), flags.get("split", "test")
     model, preprocess, config, classes = load_model(checkpoint)
     data_config = dataclasses.replace(config.data, **flags.get("data", {}))
     precision = flags.get("precision", config.train.precision)  # that of the training
@@ -31,25 +34,65 @@ def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
         odd = next(a for a, b in zip(classes, data.classes, strict=True) if a != b)
         raise InputError(f"data.root {data_config.root}: the checkpoint's class {odd} is not there")
     model, preprocess = model.to(device), preprocess.to(device)
-    images, labels = (t.to(device) for t in data.test)
+    images, labels = (t.to(device) for t in getattr(data, split))
 
     predict(model, images[:1000], preprocess, precision)  # loads the kernels; not timed
     started = time.perf_counter()
     logits = predict(model, images, preprocess, precision)
     loss, accuracy = loss_and_accuracy(logits, labels)  # waits for the device
     seconds = time.perf_counter() - started
+    images, labels, logits = images.cpu(), labels.cpu(), logits.cpu()
     confusion = confusion_matrix(logits, labels)
+    if folder := figures_folder(flags):
+        plot_class_accuracy(confusion, classes, folder / "class_accuracy.png")
+        plot_confusion(confusion, classes, folder / "confusion.png")
+        plot_mistakes(images, logits, labels, classes, folder / "mistakes.png")
     per_class = (100 * confusion.diagonal() / confusion.sum(1)).tolist()
     return {
         "checkpoint": str(checkpoint),
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameters_by_part": count_by_part(model),
-        "test_accuracy": accuracy,
-        "test_loss": loss,
-        "test_images": len(labels),
+        f"{split}_accuracy": accuracy,
+        f"{split}_loss": loss,
+        f"{split}_images": len(labels),
         "class_accuracy": dict(zip(classes, per_class, strict=True)),
         "images_per_second": len(labels) / seconds,
     }
+
+
+def classify(flags: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the likeliest classes of the images of a file or folder, at most 5, by file."""
+    model, preprocess, config, classes = load_model(flags.get("checkpoint", CIFAR10_WEIGHTS))
+    for name in {"data", "split"} & flags.keys():
+        raise InputError(f"--{name} does not go with --images")
+    precision = flags.get("precision", config.train.precision)
+    device, precision = pick_device(flags.get("device", "auto"), precision)
+    path, found = Path(flags["images"]), {}
+    files = [path]
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if is_image_name(f.name))
+        if not files:
+            raise InputError(f"--images {path}: no image in this folder")
+    size, folder = config.data.image_size or model.image_size, figures_folder(flags)
+    for file in files:
+        image = decode(file, size)
+        logits = predict(model.to(device), image[None].to(device), preprocess.to(device), precision)
+        top = logits[0].softmax(0).cpu().topk(min(5, len(classes)))
+        likely = {classes[i]: p for p, i in zip(*map(Tensor.tolist, top), strict=True)}
+        found[str(file)] = likely
+        if folder:
+            text = "\n".join(f"{name} {100 * p:.1f} %" for name, p in likely.items())
+            plot_attention(model.cpu(), preprocess.cpu(), image, text, folder / f"{file.name}.png")
+    return found
+
+
+def figures_folder(flags: dict[str, Any]) -> Path | None:
+    """Make and return the folder of --figures, if any. Raises OSError."""
+    if "figures" not in flags:
+        return None
+    folder = Path(flags["figures"])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def count_by_part(model: ViT) -> dict[str, int]:
@@ -61,12 +104,12 @@ def count_by_part(model: ViT) -> dict[str, int]:
     return dict(counts)
 
 
-def report(result: dict[str, Any]) -> str:
+def report(result: dict[str, Any], split: str) -> str:
     """Return the result as the text that a person reads."""
     lines = [f"{'parameters':<22}{result['parameters']:>12,}"]
     lines += [f"  {part:<20}{n:>12,}" for part, n in result["parameters_by_part"].items()]
-    accuracy, count = result["test_accuracy"], result["test_images"]
-    lines += [f"{'test accuracy':<22}{accuracy:>10.2f} %  of {count:,} images"]
+    accuracy, count = result[f"{split}_accuracy"], result[f"{split}_images"]
+    lines += [f"{split + ' accuracy':<22}{accuracy:>10.2f} %  of {count:,} images"]
     lines += [f"  {name:<20}{value:>10.2f} %" for name, value in result["class_accuracy"].items()]
     return "\n".join([*lines, f"{'images/s':<22}{result['images_per_second']:>12,.0f}"])
 
@@ -77,18 +120,25 @@ def main(argv: list[str]) -> None:
     parser = weights_parser()
     parser.add_argument("--device", type=Literal["auto", "cuda", "mps", "cpu"], default="auto")
     parser.add_argument("--precision", type=Literal["auto", "float32", "bfloat16"], default="auto")
+    text = "Images to evaluate: those of the test, or those held out of the training."
+    parser.add_argument("--split", type=Literal["test", "val"], default="test", help=text)
+    text = "Classify this file, or the image files of this folder, instead of a data set."
+    parser.add_argument("--images", metavar="PATH", help=text)
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
-    parser.add_argument("--figures", help="Folder for the bars of the per-class accuracy.")
+    text = "Folder for pictures: accuracies and mistakes or, of --images, the attention."
+    parser.add_argument("--figures", metavar="DIR", help=text)
     flags = parse_flags(parser, argv)
-    result = evaluate(flags)
-    if "figures" in flags:
-        folder = Path(flags["figures"])
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            plot_class_accuracy(result["class_accuracy"], folder / "class_accuracy.png")
-        except OSError as error:
-            raise InputError(f"--figures {folder}: {error.strerror or error}") from None
-    print(json.dumps(result) if flags.get("json") else report(result))
+    try:
+        result = classify(flags) if "images" in flags else evaluate(flags)
+    except OSError as error:
+        raise InputError(f"--figures {flags.get('figures')}: {error.strerror or error}") from None
+    if flags.get("json"):
+        print(json.dumps(result))
+    elif "images" not in flags:
+        print(report(result, flags.get("split", "test")))
+    else:
+        for file, likely in result.items():
+            print(file, *(f"{100 * p:>10.2f} %  {name}" for name, p in likely.items()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -67,12 +67,72 @@ def test_other_data_can_be_named_and_is_normalised_as_in_training(file, tmp_path
     assert losses[0] == losses[1] != pytest.approx(checkpoint.load(file)["test"]["loss"])
 
 
-def test_the_report_and_its_figure_show_each_class(file, tmp_path, capsys):
+def test_the_report_and_its_figures_show_each_class(file, tmp_path, capsys):
     folder = tmp_path / "new" / "figures"
     assert evaluate.main(["--checkpoint", str(file), "--figures", str(folder)]) == 0
     words = capsys.readouterr().out.split()
     assert {*CLASSES, f"{checkpoint.load(file)['test']['accuracy']:.2f}"} <= set(words)
-    assert matplotlib.image.imread(folder / "class_accuracy.png")[..., :3].std() > 0.05
+    for name in "class_accuracy", "confusion", "mistakes":
+        assert matplotlib.image.imread(folder / f"{name}.png")[..., :3].std() > 0.05
+
+
+def test_the_validation_images_give_what_the_last_epoch_reported(file, capsys):
+    argv = ["--checkpoint", str(file), "--split", "val", "--json", "--precision", "float32"]
+    assert evaluate.main([*argv, "--device", "cpu"]) == 0
+    result, row = json.loads(capsys.readouterr().out), checkpoint.load(file)["history"][-1]
+    for key in "val_loss", "val_accuracy":
+        assert result[key] == pytest.approx(row[key], rel=1e-5)
+    assert result["val_images"] == 12 and "test_accuracy" not in result
+
+
+def test_images_of_any_kind_are_classified_as_their_pixels_are(file, tmp_path, capsys):
+    """The same picture in many forms, against NumPy's softmax of the model's logits."""
+    rng, images = np.random.default_rng(0), tmp_path / "images"
+    images.mkdir()
+    grey = Image.fromarray(rng.integers(0, 256, (16, 16), np.uint8))
+    colour = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
+    half = colour.copy()
+    half.putalpha(102)  # 40 % of the image, 60 % white
+    exif = colour.getexif()
+    exif[0x112] = 6  # to be turned by 90 degrees to the right
+    wide = Image.new("RGB", (8000, 6000), (200, 30, 60))
+    shown = {  # what each file shows, in RGB
+        "grey.png": (grey, grey.convert("RGB")),
+        "grey16.png": (Image.fromarray(np.asarray(grey).astype(np.uint16) * 257), grey),
+        "alpha.png": (half, (0.4 * np.asarray(colour) + 0.6 * 255).round()),
+        "cmyk.tif": (colour.convert("CMYK"), colour),
+        "one.png": (Image.new("RGB", (1, 1), "teal"), Image.new("RGB", (16, 16), "teal")),
+        "large.png": (wide, wide.crop((0, 0, 16, 16))),
+        "turned.png": (colour.rotate(90), colour),
+    }
+    for name, (image, _) in shown.items():
+        image.save(images / name, **(dict(exif=exif) if name == "turned.png" else {}))
+    (images / "notes.txt").write_text("no image, by its name")
+    argv = ["--checkpoint", str(file), "--device", "cpu", "--precision", "float32"]
+    argv += ["--images", str(images), "--figures", str(tmp_path / "drawn")]
+    assert evaluate.main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {*found} == {str(images / name) for name in shown}
+    saved, model = checkpoint.load(file), checkpoint.load_model(file)[0].eval()
+    mean, std = (np.array(saved[name]) for name in ("mean", "std"))
+    for name, (_, expected) in shown.items():
+        pixels = np.asarray(
+            expected.convert("RGB") if isinstance(expected, Image.Image) else expected
+        )
+        x = torch.tensor(
+            ((pixels / 255 - mean) / std).transpose(2, 0, 1)[None], dtype=torch.float32
+        )
+        logits = model(x).detach().double().numpy()[0]
+        likely = dict(zip(CLASSES, np.exp(logits) / np.exp(logits).sum(), strict=True))
+        top = found[str(images / name)]  # 3 classes, since there are no 5
+        assert top == pytest.approx(likely, abs=0.01), name
+        assert [*top] == sorted(top, key=top.get, reverse=True)
+        assert matplotlib.image.imread(tmp_path / "drawn" / f"{name}.png")[..., :3].std() > 0.05
+    assert evaluate.main([*argv[:-4], "--images", str(images / "grey.png")]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == str(images / "grey.png") and [line.split()[-1] for line in lines] == [
+        *found[str(images / "grey.png")]
+    ]
 
 
 def test_what_cannot_be_evaluated_is_one_line_and_exit_code_2(file, tmp_path, capsys):
@@ -80,12 +140,19 @@ def test_what_cannot_be_evaluated_is_one_line_and_exit_code_2(file, tmp_path, ca
     for split in ("train", "test"):
         (other / split / "bee").rename(other / split / "bug")
     (tmp_path / "file").write_text("no checkpoint")
+    (tmp_path / "empty").mkdir()
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
     for options, message in (
         ({"--checkpoint": tmp_path / "no.pt"}, f"{tmp_path}/no.pt: no such file"),
         ({"--checkpoint": tmp_path / "file"}, f"{tmp_path}/file: not a checkpoint"),
         ({"--data.root": "no/such"}, "no/such/train: "),
         ({"--data.root": other}, f"data.root {other}: the checkpoint's class bee"),
         ({"--figures": tmp_path / "file" / "x"}, f"--figures {tmp_path}/file/x: "),
+        ({"--images": tmp_path / "file"}, f"{tmp_path}/file: not a readable image"),
+        ({"--images": tmp_path / "empty"}, f"--images {tmp_path}/empty: no image"),
+        ({"--images": tmp_path / "none"}, f"{tmp_path}/none: not a readable image"),
+        ({"--images": tmp_path / "bomb.png"}, f"{tmp_path}/bomb.png: not a readable image"),
+        ({"--images": tmp_path / "empty", "--split": "val"}, "--split does not go with --images"),
     ):
         options = {"--checkpoint": file, "--device": "cpu"} | options
         code = evaluate.main([str(word) for option in options.items() for word in option])

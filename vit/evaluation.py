@@ -14,7 +14,7 @@ def predict(model: ViT, images: Tensor, preprocess: Preprocess, precision: str) 
     """Return the float32 logits (N, K) of uint8 images (N, 3, S, S), on the images' device."""
     was_training = model.training
     model.eval()
-    parts = images.split(max(1, 16_000 // len(model.positions.embedding.weight)))  # tokens
+    parts = images.split(max(1, 16_000 // model.num_tokens))
     with torch.autocast(images.device.type, torch.bfloat16, precision == "bfloat16"):
         logits = [model(preprocess(part)).float() for part in parts]
     model.train(was_training)

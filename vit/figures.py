@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from vit import analysis
 from vit.checkpoint import CIFAR10_WEIGHTS, load_model
 from vit.config import parse_flags, weights_parser
-from vit.data import load_dataset
+from vit.data import Preprocess, load_dataset
 from vit.errors import InputError, one_line_errors
 from vit.evaluation import confusion_matrix, predict
-from vit.model import EncoderBlock
+from vit.model import EncoderBlock, PositionalEmbedding, ViT
 
 RESULTS = Path(__file__).parents[1] / "configs" / "results"
 EXAMPLE_CLASS, EXAMPLE_NUMBER = 7, 6  # the image that is followed: the seventh horse of the test
@@ -33,6 +33,11 @@ ROWS = {  # pictures that are a row of panels, by the panels' names
     "positions": "projected + positions = z_0",
     "layer_norm": "z_0 → normed",
     "mlp": "mlp_input → hidden → active → mlp_output",
+}
+CURVES = {  # columns of metrics.csv
+    "train_loss": "training loss (nats)",
+    "val_loss": "validation loss (nats)",
+    "val_accuracy": "validation accuracy (%)",
 }
 
 
@@ -54,16 +59,17 @@ def _show(axes, values: Tensor | dict[str, float]) -> None:
         return
     axes.set_yticks([])
     if values.ndim == 3:
-        axes.imshow(values.permute(1, 2, 0), interpolation="nearest")
+        axes.imshow(values.permute(1, 2, 0).numpy(), interpolation="nearest")
     else:
         top = values.float().abs().quantile(0.99).item()
-        axes.imshow(values, "PuOr", vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
+        scale = dict(vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
+        axes.imshow(values.numpy(), "PuOr", **scale)
         axes.set_box_aspect(0.1 if len(values) == 1 else 1)
 
 
 def _row(path: Path, signs: list[str], panels: list[tuple]) -> None:
     """Draw panels side by side: a sign on the left of each, a title, values and a text below."""
-    figure, row = _new_figure(1.4 + 9 / len(panels), len(panels))
+    figure, row = _new_figure(1.4 + 9 / max(3, len(panels)), len(panels))
     for axes, sign, (title, values, text) in zip(row, signs, panels, strict=True):
         _show(axes, values)
         axes.set_title(title, fontsize=11)
@@ -118,6 +124,8 @@ class Pictures:
         self.vit4, self.preprocess4 = self.vit, self.preprocess  # for maps over the image
         if "patch4_checkpoint" in flags:
             self.vit4, self.preprocess4, *_ = load_model(flags["patch4_checkpoint"])
+        if not isinstance(self.vit.positions, PositionalEmbedding):
+            raise InputError(f"{file}: the pictures are of a model with positions")
         data_config = dataclasses.replace(config.data, **flags.get("data", {}))
         data = load_dataset(data_config, self.vit.image_size, len(self.classes))
         if data.classes != self.classes:
@@ -128,11 +136,6 @@ class Pictures:
     @cached_property
     def logits(self) -> Tensor:
         return predict(self.vit, self.images, self.preprocess, "float32")
-
-    @cached_property
-    def confusion(self) -> Tensor:  # each row in percent of a class
-        counts = confusion_matrix(self.logits, self.labels)
-        return 100 * counts / counts.sum(1, keepdim=True)
 
     def sample(self, label: int, number: int = EXAMPLE_NUMBER) -> Tensor:
         own = self.images[self.labels == label]
@@ -156,22 +159,23 @@ class Pictures:
         panels = {
             "image": ("image", self.image, f"{vit.image_size} × {vit.image_size} × 3"),
             "patches": ("patches", cut, f"{len(x_p)} of {p} × {p} × 3"),
-            "x_p": ("$x_p$", x_p, "a row for\neach patch"),
+            "x_p": ("$x_p$", x_p, f"{len(x_p)} × {x_p.shape[1]}"),
             "projected": ("$x_p E$", projected, "projected patches"),
             "positions": ("$E_{pos}$", vit.positions.embedding.weight.detach(), "positions"),
-            "z_0": ("$z_0$", z_0, "input of the\nfirst block"),
+            "z_0": ("$z_0$", z_0, f"{len(z_0)} × {z_0.shape[1]}"),
             "normed": ("$LN(z_0)$", normed, "normalised"),
             "mlp_input": ("$LN(z')$", mlp_input, "input"),
             "hidden": ("hidden", hidden, "linear layer"),
             "active": ("GELU(hidden)", active, "GELU"),
             "mlp_output": ("$MLP(LN(z'))$", mlp_output, "linear layer"),
-            "z_L": (f"$z_{{{last}}}$", z_L, "output of the\nlast block"),
-            "y": ("$y$", y, "mean over\nthe patches"),
+            "z_L": (f"$z_{{{last}}}$", z_L, f"{len(z_L)} × {z_L.shape[1]}"),
+            "y": ("$y$", y, f"mean: {y.shape[1]}"),
             "scores": ("scores", scores, "linear head,\nsoftmax"),
         }
         for name in "z_0", "normed":
             title, x, text = panels[name]
-            text += f"\nmean {x.mean():.2f}, sd {x.std(1).mean():.2f}"
+            mean = round(x.mean().item(), 2) + 0.0  # not -0.0
+            text += f"\nmean {mean:.2f}, sd {x.std(1).mean():.2f}"
             panels[name] = title, x, text
         return panels
 
@@ -226,31 +230,15 @@ class Pictures:
 
     def draw_class_accuracy(self, path: Path) -> None:
         """Draw the accuracy of each class."""
-        percent = self.confusion.diagonal().tolist()
-        plot_class_accuracy(dict(zip(self.classes, percent, strict=True)), path)
+        plot_class_accuracy(confusion_matrix(self.logits, self.labels), self.classes, path)
 
     def draw_confusion(self, path: Path) -> None:
         """Draw the confusion matrix."""
-        figure, axes = _new_figure(5.5)
-        axes.imshow(self.confusion, "Blues", vmin=0, vmax=200, aspect="auto")  # pale, under text
-        for y, row in enumerate(self.confusion.tolist()):
-            for x, percent in enumerate(row):
-                axes.text(x, y, f"{percent:.0f}", ha="center", va="center")
-        axes.set_xticks(range(len(self.classes)), self.classes)
-        axes.set_yticks(range(len(self.classes)), self.classes)
-        axes.set(xlabel="predicted class (% of the images of a row)", ylabel="true class")
-        figure.savefig(path)
+        plot_confusion(confusion_matrix(self.logits, self.labels), self.classes, path)
 
     def draw_mistakes(self, path: Path) -> None:
         """Show the wrongly classified test images of which the model is the surest."""
-        likely, panels = self.logits.softmax(1), []
-        surest = likely.amax(1).argsort(descending=True)
-        for i in surest[likely.argmax(1)[surest] != self.labels[surest]][:6].tolist():
-            guess, label = self.classes[likely[i].argmax()], self.classes[self.labels[i]]
-            panels.append(
-                (f"{guess}, {100 * likely[i].max():.0f} %", self.images[i], f"is: {label}")
-            )
-        _row(path, [""] * len(panels), panels)
+        plot_mistakes(self.images, self.logits, self.labels, self.classes, path)
 
     def draw_filters(self, path: Path) -> None:
         """Show the principal components of the patch embedding (Fig. 7 left)."""
@@ -293,12 +281,12 @@ class Pictures:
 
 def plot_runs(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw losses and validation accuracy by epoch from the rows of each run's metrics.csv."""
-    figure, row = _new_figure(3.5, 3)
-    for axes, key in zip(row, ("train_loss", "val_loss", "val_accuracy"), strict=True):
+    figure, row = _new_figure(3.5, len(CURVES))
+    for axes, (key, title) in zip(row, CURVES.items(), strict=True):
         for name, rows in runs.items():
             epochs = [float(row["epoch"]) for row in rows]
             axes.plot(epochs, [float(row[key]) for row in rows], label=name)
-        axes.set(title=key, xlabel="epoch")
+        axes.set(title=title, xlabel="epoch")
     if len(runs) > 1:
         axes.legend()
     figure.savefig(path)
@@ -309,14 +297,48 @@ def plot_curves(rows: list[dict[str, float]], path: Path) -> None:
     plot_runs({"": rows}, path)
 
 
-def plot_class_accuracy(accuracies: dict[str, float], path: Path) -> None:
-    """Draw one bar per class, in percent."""
-    figure, axes = _new_figure(1 + 0.3 * len(accuracies))
-    _show(axes, accuracies)
+def plot_class_accuracy(confusion: Tensor, classes: list[str], path: Path) -> None:
+    """Draw one bar per class, in percent. Shapes: confusion_matrix(), (K, K)."""
+    percent = (100 * confusion.diagonal() / confusion.sum(1)).tolist()
+    figure, axes = _new_figure(1 + 0.3 * len(classes))
+    _show(axes, dict(zip(classes, percent, strict=True)))
     axes.bar_label(axes.containers[0], fmt="%.1f", padding=3)
-    mean = sum(accuracies.values()) / len(accuracies)
-    axes.set(xlabel=f"accuracy (%), mean {mean:.1f}", xlim=(0, 110))
+    axes.set(xlabel=f"accuracy (%), mean {sum(percent) / len(percent):.1f}", xlim=(0, 110))
     figure.savefig(path)
+
+
+def plot_confusion(confusion: Tensor, classes: list[str], path: Path) -> None:
+    """Draw a confusion matrix, (K, K), each row in percent of its class."""
+    percent, names = 100 * confusion / confusion.sum(1, keepdim=True), range(len(classes))
+    figure, axes = _new_figure(1.5 + 0.4 * len(classes))
+    axes.imshow(percent.numpy(), "Blues", vmin=0, vmax=200, aspect="auto")  # pale, under text
+    for y, row in enumerate(percent.tolist()):
+        for x, value in enumerate(row):
+            axes.text(x, y, f"{value:.0f}", ha="center", va="center")
+    axes.set_xticks(names, classes, rotation=90 if len(classes) > 12 else 0)
+    axes.set_yticks(names, classes)
+    axes.set(xlabel="predicted class (% of the images of a row)", ylabel="true class")
+    figure.savefig(path)
+
+
+def plot_mistakes(
+    images: Tensor, logits: Tensor, labels: Tensor, classes: list[str], path: Path
+) -> None:
+    """Show the six wrongly classified images (N, 3, S, S) of which the model is the surest."""
+    likely, panels = logits.softmax(1), []
+    surest = likely.amax(1).argsort(descending=True)
+    for i in surest[likely.argmax(1)[surest] != labels[surest]][:6].tolist():
+        title = f"{classes[likely[i].argmax()]}, {100 * likely[i].max():.0f} %"
+        panels.append((title, images[i], f"is: {classes[labels[i]]}"))
+    panels += [("", 255 * torch.ones_like(images[0]), "")] * (6 - len(panels))  # fewer mistakes
+    _row(path, [""] * len(panels), panels)
+
+
+def plot_attention(model: ViT, preprocess: Preprocess, image: Tensor, text: str, path: Path):
+    """Lay over an image, uint8 (3, S, S), what the head's input takes from each of its patches."""
+    weights = analysis.attention_weights(model, preprocess(image[None]))
+    shaded = _shade(image, analysis.received(analysis.rollout(weights))[0])
+    _row(path, ["", ""], [("image", image, text), ("its patches, darkened by rollout", shaded, "")])
 
 
 NAMES = [*ROWS] + [name[5:] for name in vars(Pictures) if name.startswith("draw_")]

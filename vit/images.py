@@ -38,7 +38,7 @@ class _Folder(ImageFolder):
 
     def is_image(self, path: str) -> bool:
         parts = Path(path).relative_to(self.folder).parts
-        return path.lower().endswith(IMG_EXTENSIONS) and not any(p[0] == "." for p in parts)
+        return all(p[0] != "." for p in parts) and is_image_name(path)
 
     def __getitem__(self, index: int) -> Tensor | str:
         try:
@@ -54,6 +54,11 @@ class _Folder(ImageFolder):
         for error in (batch for batch in batches if isinstance(batch, str)):
             raise InputError(error)
         return torch.cat(batches), torch.tensor(self.targets)
+
+
+def is_image_name(name: str) -> bool:
+    """Say whether this is the name of an image, and not of a hidden file."""
+    return name.lower().endswith(IMG_EXTENSIONS) and not Path(name).name.startswith(".")
 
 
 def _stack(images: list[Tensor | str]) -> Tensor | str:

@@ -110,6 +110,7 @@ class ViT(nn.Module):
         norm_eps: the epsilon of every LayerNorm, in (0, 1).
         pool: what the head sees: the mean over the patches, or a learned class token.
         final_norm: apply the LayerNorm of Eq. 4 after the last block.
+        positions: add a learned vector to each token, or none (Appendix D.4).
         position_init: where learned positions start: N(0, 1), or 2-D sines and cosines.
     """
 
@@ -126,6 +127,7 @@ class ViT(nn.Module):
         norm_eps: float = 1e-5,
         pool: Literal["mean", "class_token"] = "mean",
         final_norm: bool = False,
+        positions: Literal["learned", "none"] = "learned",
         position_init: Literal["normal", "sincos"] = "normal",
     ):
         super().__init__()
@@ -144,17 +146,22 @@ class ViT(nn.Module):
             raise ValueError(f"norm_eps {norm_eps} is outside (0, 1)")
         if pool not in ("mean", "class_token"):
             raise ValueError(f"pool {pool!r} is neither 'mean' nor 'class_token'")
+        if positions not in ("learned", "none"):
+            raise ValueError(f"positions {positions!r} is neither 'learned' nor 'none'")
         if position_init not in ("normal", "sincos"):
             raise ValueError(f"position_init {position_init!r} is neither 'normal' nor 'sincos'")
         if position_init == "sincos" and embedding_dim % 4:
             raise ValueError(f"embedding_dim {embedding_dim} is not divided by 4 (position_init)")
         self.image_size, grid = image_size, image_size // patch_size
+        self.num_tokens = grid**2 + (pool == "class_token")
 
         self.patches = Patches(patch_size)
         self.projection = nn.Linear(CHANNELS * patch_size**2, embedding_dim)  # E of Eq. 1
         self.class_token = None if pool == "mean" else nn.Parameter(torch.zeros(embedding_dim))
-        self.positions = PositionalEmbedding(grid**2 + (pool == "class_token"), embedding_dim)
-        if position_init == "sincos":  # a class token's row stays as it is
+        self.positions = PositionalEmbedding(self.num_tokens, embedding_dim)
+        if positions == "none":
+            self.positions = nn.Identity()
+        elif position_init == "sincos":  # a class token's row stays as it is
             start = sincos_positions(grid, embedding_dim)
             self.positions.embedding.weight.data[-len(start) :] = start
         block = embedding_dim, num_heads, mlp_dim, drop_rate, norm_eps

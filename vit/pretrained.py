@@ -68,7 +68,7 @@ def load_pretrained(model: ViT, source: str) -> None:
     own, done = model.state_dict(), [f"weights of {source}"]
     try:
         weights = from_torchvision(_read(source))
-        old, tokens = weights.get(POSITIONS), len(own[POSITIONS])
+        old, tokens = weights.get(POSITIONS), model.num_tokens
         if old is not None and len(old) != tokens:
             done.append(f"positions resized from {len(old)} tokens to {tokens}")
             weights[POSITIONS] = resize_positions(old, tokens, int("class_token" in weights))
