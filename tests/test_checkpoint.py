@@ -138,3 +138,17 @@ def test_an_error_while_saving_leaves_the_checkpoint_alone(cause, copy, monkeypa
         checkpoint.save(saved | {"step": 1}, copy.parent)
     assert copy.read_bytes() == before
     assert {f.name for f in copy.parent.iterdir()} <= {checkpoint.NAME, checkpoint.PREVIOUS}
+
+
+def test_published_weights_are_those_evaluated_without_what_trained_them(folder, tmp_path):
+    source, target = folder / checkpoint.NAME, tmp_path / "published.pt"
+    full = checkpoint.load(source)
+    full["average"] = {name: tensor + 1 for name, tensor in full["model"].items()}
+    torch.save(full, tmp_path / "averaged.pt")
+    checkpoint.publish(tmp_path / "averaged.pt", target)
+    model, preprocess, config, classes = checkpoint.load_model(target)
+    assert all(torch.equal(t, full["average"][name]) for name, t in model.state_dict().items())
+    assert (config.data.name, classes) == ("cifar10", full["classes"])
+    assert (preprocess.mean, preprocess.std) == (full["mean"], full["std"])
+    held = {"format", "config", "model", "average", "classes", "mean", "std", "fingerprint", "test"}
+    assert checkpoint.load(target).keys() == held and target.stat().st_size < source.stat().st_size

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, write_image_folder
 
 import train
 import vit.run
@@ -161,6 +161,43 @@ def test_the_averaged_weights_follow_the_formula_and_are_the_ones_evaluated(
     last = loss_and_accuracy(model, data.val, data.mean, data.std)
     assert abs(last[0] - averaged[0]) > 1e-3
     assert float(row["val_loss"]) == pytest.approx(averaged[0], rel=1e-4)
+
+
+def test_a_teacher_gives_the_targets_of_the_very_images_the_student_sees(
+    run_train, tmp_path, saved_weights, monkeypatch
+):
+    other, seen, real = write_image_folder(tmp_path / "other", seed=9), [], train.augment
+    for name, root in (("foreign", ["--data.root", str(other)]), ("teacher", [])):
+        flags = ("--model.embedding_dim", "32", "--data.normalization", "imagenet", *root)
+        assert run_train(*flags, run_dir=name)[0] == 0
+    code, _, err = run_train("--train.teacher", str(tmp_path / "foreign" / checkpoint.NAME))
+    assert code == 2 and "train.teacher" in err and "other images" in err
+    assert not (tmp_path / "run").exists()
+
+    def spy(*arguments):
+        images, labels = real(*arguments)
+        seen.append(images.clone())
+        return images, labels
+
+    monkeypatch.setattr(train, "augment", spy)
+    saved_weights.clear()
+    flags = ("--train.optimizer", "sgd", "--train.learning_rate", "0.1", "--model.drop_rate", "0")
+    flags += ("--train.weight_decay", "0", "--train.epochs", "1")
+    flags += ("--train.accumulation_steps", "2")  # each part has its own targets
+    assert run_train(*flags, "--train.teacher", str(tmp_path / "teacher" / checkpoint.NAME))[0] == 0
+    teacher, normalise, *_ = checkpoint.load_model(tmp_path / "teacher" / checkpoint.NAME)
+    student, own, *_ = checkpoint.load_model(tmp_path / "run" / checkpoint.NAME)
+    student.load_state_dict(saved_weights[0])
+    sgd = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+    for images in seen:
+        with torch.no_grad():
+            targets = teacher.eval()(normalise(images)).softmax(1)
+        loss = -(targets * student(own(images)).log_softmax(1)).sum(1).mean()
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+    expected = student.state_dict()
+    torch.testing.assert_close(weights(tmp_path / "run"), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_bad_input_is_one_line_exit_code_2_and_no_folder(run_train, tmp_path, monkeypatch):
