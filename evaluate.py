@@ -1,6 +1,5 @@
 """Evaluate a checkpoint: python evaluate.py --checkpoint runs/cifar10/checkpoint.pt"""
 
-import dataclasses
 import json
 import sys
 import time
@@ -12,10 +11,9 @@ from torch import Tensor
 
 from vit.checkpoint import CIFAR10_WEIGHTS, load_model
 from vit.config import parse_flags, weights_parser
-from vit.data import load_dataset
 from vit.errors import InputError, one_line_errors
-from vit.evaluation import confusion_matrix, loss_and_accuracy, predict
-from vit.figures import plot_attention, plot_class_accuracy, plot_confusion, plot_mistakes
+from vit.evaluation import confusion_matrix, load_weights_and_data, loss_and_accuracy, predict
+from vit.figures import RESULT_PICTURES, plot_attention
 from vit.images import decode, is_image_name
 from vit.model import ViT
 from vit.step import pick_device
@@ -23,16 +21,10 @@ from vit.step import pick_device
 
 def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
     """Return parameters, accuracies and speed on a split, and draw them. Raises InputError."""
-    checkpoint, split = Path(flags.get("checkpoint", CIFAR10_WEIGHTS)), flags.get("split", "test")
-    model, preprocess, config, classes = load_model(checkpoint)
-    data_config = dataclasses.replace(config.data, **flags.get("data", {}))
+    model, preprocess, config, data = load_weights_and_data(flags)
     precision = flags.get("precision", config.train.precision)  # that of the training
     device, precision = pick_device(flags.get("device", "auto"), precision)
-    print(f"weights {checkpoint}, data {data_config.name} in {data_config.root}", file=sys.stderr)
-    data = load_dataset(data_config, config.model["image_size"], config.model["num_classes"])
-    if data.classes != classes:
-        odd = next(a for a, b in zip(classes, data.classes, strict=True) if a != b)
-        raise InputError(f"data.root {data_config.root}: the checkpoint's class {odd} is not there")
+    split, classes = flags.get("split", "test"), data.classes
     model, preprocess = model.to(device), preprocess.to(device)
     images, labels = (t.to(device) for t in getattr(data, split))
 
@@ -42,14 +34,13 @@ def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
     loss, accuracy = loss_and_accuracy(logits, labels)  # waits for the device
     seconds = time.perf_counter() - started
     images, labels, logits = images.cpu(), labels.cpu(), logits.cpu()
-    confusion = confusion_matrix(logits, labels)
     if folder := figures_folder(flags):
-        plot_class_accuracy(confusion, classes, folder / "class_accuracy.png")
-        plot_confusion(confusion, classes, folder / "confusion.png")
-        plot_mistakes(images, logits, labels, classes, folder / "mistakes.png")
+        for name, plot in RESULT_PICTURES.items():
+            plot(images, logits, labels, classes, folder / f"{name}.png")
+    confusion = confusion_matrix(logits, labels)
     per_class = (100 * confusion.diagonal() / confusion.sum(1)).tolist()
     return {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(flags.get("checkpoint", CIFAR10_WEIGHTS)),
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameters_by_part": count_by_part(model),
         f"{split}_accuracy": accuracy,

@@ -131,7 +131,7 @@ NO_EFFECT |= {"deterministic", "evaluate_test", "muon_learning_rate"}
 
 
 def test_every_key_of_the_recipe_changes_the_weights(run_train, tmp_path, monkeypatch):
-    monkeypatch.setattr(vit.run, "plot_curves", lambda *_: None)  # not what this is about, and slow
+    monkeypatch.setattr(vit.run, "plot_runs", lambda *_: None)  # not what this is about, and slow
     effects = dict(effect.split("=") for effect in EFFECTS.split())
     tried = {key.removeprefix("train.") for key in effects if key.startswith("train.")}
     keys = {field.name for field in dataclasses.fields(TrainConfig)}

@@ -1,12 +1,32 @@
 """Accuracy of a model on N images and K classes, each image counted exactly once."""
 
+import dataclasses
+import sys
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vit.data import Preprocess, Split
+from vit.checkpoint import CIFAR10_WEIGHTS, load_model
+from vit.config import Config
+from vit.data import Dataset, Preprocess, Split, load_dataset
 from vit.distributed import share, total
+from vit.errors import InputError
 from vit.model import ViT
+
+
+def load_weights_and_data(flags: dict[str, Any]) -> tuple[ViT, Preprocess, Config, Dataset]:
+    """Load what the flags of `weights_parser` name. Raises InputError where they do not agree."""
+    checkpoint = flags.get("checkpoint", CIFAR10_WEIGHTS)
+    model, preprocess, config, classes = load_model(checkpoint)
+    where = dataclasses.replace(config.data, **flags.get("data", {}))
+    print(f"weights {checkpoint}, data {where.name} in {where.root}", file=sys.stderr)
+    data = load_dataset(where, model.image_size, len(classes))
+    if data.classes != classes:
+        odd = next(a for a, b in zip(classes, data.classes, strict=True) if a != b)
+        raise InputError(f"data.root {where.root}: the checkpoint's class {odd} is not there")
+    return model, preprocess, config, data
 
 
 @torch.no_grad()

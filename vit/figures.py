@@ -5,7 +5,6 @@ Training imports this module, so matplotlib and torchvision are imported where t
 """
 
 import csv
-import dataclasses
 import math
 import sys
 from functools import cached_property
@@ -17,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit import analysis
-from vit.checkpoint import CIFAR10_WEIGHTS, load_model
+from vit.checkpoint import load_model
 from vit.config import parse_flags, weights_parser
-from vit.data import Preprocess, load_dataset
+from vit.data import Preprocess
 from vit.errors import InputError, one_line_errors
-from vit.evaluation import confusion_matrix, predict
+from vit.evaluation import confusion_matrix, load_weights_and_data, predict
 from vit.model import EncoderBlock, PositionalEmbedding, ViT
 
 RESULTS = Path(__file__).parents[1] / "configs" / "results"
@@ -119,17 +118,13 @@ class Pictures:
     """What the pictures show, and a method for each, which writes it to a path."""
 
     def __init__(self, flags: dict[str, Any]):
-        file = flags.get("checkpoint", CIFAR10_WEIGHTS)
-        self.vit, self.preprocess, config, self.classes = load_model(file)
+        self.vit, self.preprocess, _, data = load_weights_and_data(flags)
+        if not isinstance(self.vit.positions, PositionalEmbedding):
+            raise InputError("--checkpoint: the pictures are of a model with positions")
         self.vit4, self.preprocess4 = self.vit, self.preprocess  # for maps over the image
         if "patch4_checkpoint" in flags:
             self.vit4, self.preprocess4, *_ = load_model(flags["patch4_checkpoint"])
-        if not isinstance(self.vit.positions, PositionalEmbedding):
-            raise InputError(f"{file}: the pictures are of a model with positions")
-        data_config = dataclasses.replace(config.data, **flags.get("data", {}))
-        data = load_dataset(data_config, self.vit.image_size, len(self.classes))
-        if data.classes != self.classes:
-            raise InputError(f"data.root {data_config.root}: other classes than the checkpoint's")
+        self.classes = data.classes
         self.images, self.labels = data.test
         self.image = self.sample(EXAMPLE_CLASS % len(self.classes))
 
@@ -181,6 +176,8 @@ class Pictures:
 
     def draw(self, name: str, path: Path) -> None:
         """Draw the picture of this name."""
+        if name in RESULT_PICTURES:
+            return RESULT_PICTURES[name](self.images, self.logits, self.labels, self.classes, path)
         if name not in ROWS:
             return getattr(self, f"draw_{name}")(path)
         names, panels = ROWS[name].split(), self.panels()  # every second one is a sign
@@ -227,18 +224,6 @@ class Pictures:
             plot_runs({f.stem: [*csv.DictReader(f.read_text().splitlines())] for f in files}, path)
         else:
             print(f"curves: no results in {RESULTS}", file=sys.stderr)
-
-    def draw_class_accuracy(self, path: Path) -> None:
-        """Draw the accuracy of each class."""
-        plot_class_accuracy(confusion_matrix(self.logits, self.labels), self.classes, path)
-
-    def draw_confusion(self, path: Path) -> None:
-        """Draw the confusion matrix."""
-        plot_confusion(confusion_matrix(self.logits, self.labels), self.classes, path)
-
-    def draw_mistakes(self, path: Path) -> None:
-        """Show the wrongly classified test images of which the model is the surest."""
-        plot_mistakes(self.images, self.logits, self.labels, self.classes, path)
 
     def draw_filters(self, path: Path) -> None:
         """Show the principal components of the patch embedding (Fig. 7 left)."""
@@ -292,13 +277,14 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure.savefig(path)
 
 
-def plot_curves(rows: list[dict[str, float]], path: Path) -> None:
-    """Draw losses and validation accuracy by epoch from the rows of metrics.csv."""
-    plot_runs({"": rows}, path)
+# Pictures of a split. Shapes: uint8 images (N, 3, S, S), logits (N, K), labels (N,).
 
 
-def plot_class_accuracy(confusion: Tensor, classes: list[str], path: Path) -> None:
-    """Draw one bar per class, in percent. Shapes: confusion_matrix(), (K, K)."""
+def plot_class_accuracy(
+    images: Tensor, logits: Tensor, labels: Tensor, classes: list[str], path: Path
+) -> None:
+    """Draw one bar per class, in percent."""
+    confusion = confusion_matrix(logits, labels)
     percent = (100 * confusion.diagonal() / confusion.sum(1)).tolist()
     figure, axes = _new_figure(1 + 0.3 * len(classes))
     _show(axes, dict(zip(classes, percent, strict=True)))
@@ -307,8 +293,11 @@ def plot_class_accuracy(confusion: Tensor, classes: list[str], path: Path) -> No
     figure.savefig(path)
 
 
-def plot_confusion(confusion: Tensor, classes: list[str], path: Path) -> None:
-    """Draw a confusion matrix, (K, K), each row in percent of its class."""
+def plot_confusion(
+    images: Tensor, logits: Tensor, labels: Tensor, classes: list[str], path: Path
+) -> None:
+    """Draw the confusion matrix, each row in percent of its class."""
+    confusion = confusion_matrix(logits, labels)
     percent, names = 100 * confusion / confusion.sum(1, keepdim=True), range(len(classes))
     figure, axes = _new_figure(1.5 + 0.4 * len(classes))
     axes.imshow(percent.numpy(), "Blues", vmin=0, vmax=200, aspect="auto")  # pale, under text
@@ -324,7 +313,7 @@ def plot_confusion(confusion: Tensor, classes: list[str], path: Path) -> None:
 def plot_mistakes(
     images: Tensor, logits: Tensor, labels: Tensor, classes: list[str], path: Path
 ) -> None:
-    """Show the six wrongly classified images (N, 3, S, S) of which the model is the surest."""
+    """Show the six wrongly classified images of which the model is the surest."""
     likely, panels = logits.softmax(1), []
     surest = likely.amax(1).argsort(descending=True)
     for i in surest[likely.argmax(1)[surest] != labels[surest]][:6].tolist():
@@ -341,7 +330,14 @@ def plot_attention(model: ViT, preprocess: Preprocess, image: Tensor, text: str,
     _row(path, ["", ""], [("image", image, text), ("its patches, darkened by rollout", shaded, "")])
 
 
-NAMES = [*ROWS] + [name[5:] for name in vars(Pictures) if name.startswith("draw_")]
+RESULT_PICTURES = {  # drawn by evaluate.py --figures too
+    "class_accuracy": plot_class_accuracy,
+    "confusion": plot_confusion,
+    "mistakes": plot_mistakes,
+}
+NAMES = [*ROWS, *RESULT_PICTURES] + [
+    name[5:] for name in vars(Pictures) if name.startswith("draw_")
+]
 
 
 @one_line_errors("vit.figures")

@@ -17,7 +17,7 @@ from vit.config import Config
 from vit.data import Dataset
 from vit.distributed import RANK, WORLD_SIZE
 from vit.errors import InputError, Stopped
-from vit.figures import plot_curves
+from vit.figures import plot_runs
 
 try:
     import fcntl
@@ -143,7 +143,7 @@ class Run(contextlib.ExitStack):
             return
         rows = state.history
         try:
-            plot_curves(rows, self.folder / "curves.png")
+            plot_runs({"": rows}, self.folder / "curves.png")
         except OSError as error:
             raise Stopped(f"{self.folder}: {error}") from None
         print(f"parameters     {sum(p.numel() for p in state.model.parameters()):,}")
