@@ -46,7 +46,7 @@ def flags(tmp_path_factory) -> list[str]:
 def test_every_picture_is_drawn_small_and_not_blank(flags, tmp_path):
     assert figures.main([*flags, "--out", str(tmp_path / "new/img")]) == 0
     names = "model patches positions block layer_norm attention mlp classes curves class_accuracy"
-    names += " confusion mistakes filters position_similarity attention_distance rollout"
+    names += " confusion mistakes record filters position_similarity attention_distance rollout"
     files = sorted((tmp_path / "new/img").iterdir())
     assert [f.name for f in files] == sorted(f"{name}.png" for name in names.split())
     for file in files:

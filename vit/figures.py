@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit import analysis
-from vit.checkpoint import load_model
+from vit.checkpoint import WEIGHTS, load, load_model
 from vit.config import parse_flags, weights_parser
 from vit.data import Preprocess
 from vit.errors import InputError, one_line_errors
@@ -33,6 +33,14 @@ ROWS = {  # pictures that are a row of panels, by the panels' names
     "layer_norm": "z_0 → normed",
     "mlp": "mlp_input → hidden → active → mlp_output",
 }
+PUBLISHED = [  # plain ViTs: name, patch size, millions of parameters, test accuracy (%)
+    ("the seed project", 8, 0.848, 67.46),
+    ("small ViT", 4, 0.82, 82.5),
+    ("small ViT, RandAugment", 4, 0.82, 86.3),
+    ("ViT-Lite-6/4 (2104.05704)", 4, 3.2, 90.9),
+    ("ViT-Lite-7/8 (2104.05704)", 8, 3.7, 89.1),
+    ("ViT (2112.13492)", 4, 2.8, 93.6),
+]
 CURVES = {  # columns of metrics.csv
     "train_loss": "training loss (nats)",
     "val_loss": "validation loss (nats)",
@@ -224,6 +232,24 @@ class Pictures:
             plot_runs({f.stem: [*csv.DictReader(f.read_text().splitlines())] for f in files}, path)
         else:
             print(f"curves: no results in {RESULTS}", file=sys.stderr)
+
+    def draw_record(self, path: Path) -> None:
+        """Compare accuracy and size of the weights that ship with published plain ViTs."""
+        figure, axes = _new_figure(4.5)
+        points = [("black", "left", 6, *point) for point in PUBLISHED]
+        for file in sorted(WEIGHTS.glob("*.pt")):
+            saved = load(file)
+            millions = sum(tensor.numel() for tensor in saved["model"].values()) / 1e6
+            patch, accuracy = saved["config"]["model"]["patch_size"], saved["test"]["accuracy"]
+            points.append(("C1", "right", -6, f"ours, {file.stem}", patch, millions, accuracy))
+        for color, side, shift, name, patch, *place in points:
+            axes.plot(*place, "s" if patch == 8 else "o", color=color)
+            text, offset = f"{name}: {place[1]:.1f}", dict(textcoords="offset points", va="center")
+            axes.annotate(text, place, (shift, 0), ha=side, color=color, **offset)
+        title = "squares: patch 8; dots: patch 4. Ours: JPEG copy of CIFAR-10, 45,000 images;\n"
+        axes.set_title(title + "published: the original pixels, 50,000 images", fontsize=11)
+        axes.set(xlabel="parameters (millions)", ylabel="test accuracy (%)", xlim=(-0.7, 5.2))
+        figure.savefig(path)
 
     def draw_filters(self, path: Path) -> None:
         """Show the principal components of the patch embedding (Fig. 7 left)."""

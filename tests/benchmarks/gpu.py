@@ -37,6 +37,7 @@ def parts(args) -> dict[str, tuple[int, list[str]]]:
         finetune += ["--model.num_blocks", "1", "--model.embedding_dim", "48"]
         finetune += ["--data.name", "shapes", "--data.val_fraction", "0.9"]
     rounds = ["--rounds", "1", "--seconds", "0.3" if args.tiny else "2"]
+    rounds += ["--batch_sizes", "64" if args.tiny else "4096"]
     return {
         "tests on this device": (90, [PYTHON, "-m", "pytest", "-q", "tests", "-k", "cuda"]),
         "microseconds a step": (80, [*benchmark, "tests.benchmarks.gpu", "--steps", *device]),

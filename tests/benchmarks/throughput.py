@@ -222,41 +222,46 @@ def main() -> None:
     rates = {p: matrix_rate(device, getattr(torch, p)) for p in {"float32", best}}
     said = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {p}" for p, rate in rates.items())
     print(f"torch {torch.__version__}; matrix products: {said}", flush=True)
-    executions = ["eager", "compiled"] + (["graph"] if on_cuda else [])
-    loops = [("ours 0", e, p) for p in dict.fromkeys(["float32", best]) for e in executions]
-    loops += [("SimpleViT 0", e, best) for e in executions]
-    loops += [(name, e, best) for name in ("ours", "torchvision", "timm") for e in executions]
+    graph = ["graph"] if on_cuda else []
+    loops = [("ours 0", e, best) for e in (*graph, "eager", "compiled")]
+    loops += [("SimpleViT 0", e, best) for e in (*graph, "eager")]
+    loops += [("ours", e, best) for e in (*graph, "eager", "compiled")]
+    loops += [(name, e, best) for name in ("torchvision", "timm") for e in (*graph, "eager")]
+    loops += [("ours 0", e, "float32") for e in (*graph, "eager") if best != "float32"]
     rows = [(*loop, str(size)) for size in args.batch_sizes for loop in loops]
     print_table([("tutorial", "eager", "float32", "64"), *rows], rates, args)
 
 
 def print_table(rows: list[tuple], rates: dict[str, float], args) -> None:
+    """Measure each row in every round, and print it as soon as its last round is done."""
     measured: dict[tuple, list[tuple]] = {row: [] for row in rows}
-    for row in rows * args.rounds:
-        command = [sys.executable, "-m", "tests.benchmarks.throughput"]
-        command += ["--seconds", str(args.seconds), "--one", *row]
-        cold = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}  # compile anew each time
-        done = subprocess.run(command, capture_output=True, text=True, env=cold)
-        if done.returncode == 0:
-            measured[row].append(tuple(map(float, done.stdout.split()[-2:])))
-        elif "No module named" not in done.stderr:
-            print(f"{' '.join(row)} failed: {done.stderr.strip().splitlines()[-1]}")
     print(f"{args.rounds} rounds of {args.seconds:g} s")
     head = f"{'loop':<13}{'execution':<10}{'precision':<10}{'batch':>5}{'first step':>12}"
-    print(head + f"{'images/s':>10}{'min':>7}{'max':>7}{'/ tutorial':>12}{'of products':>13}")
-    base = [speed for speed, _ in measured[rows[0]]]
-    for row, found in measured.items():
+    head += f"{'images/s':>10}{'min':>8}{'max':>8}{'/ tutorial':>12}{'of products':>13}"
+    print(head, flush=True)
+    cold = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}  # compile anew each time
+    for i, row in enumerate(rows * args.rounds):
+        command = [sys.executable, "-m", "tests.benchmarks.throughput"]
+        command += ["--seconds", str(args.seconds), "--one", *row]
+        done = subprocess.run(command, capture_output=True, text=True, env=cold)
         name, execution, precision, batch_size = row
         start = f"{name:<13}{execution:<10}{precision:<10}{batch_size:>5}"
-        if not found:
-            print(start + "  not installed, or failed")
+        if done.returncode:
+            missing = "No module named" in done.stderr
+            fault = "not installed" if missing else done.stderr.strip().splitlines()[-1]
+            print(f"{start}  {fault}", flush=True)
             continue
+        found = measured[row]
+        found.append(tuple(map(float, done.stdout.split()[-2:])))
+        if i < len(rows) * (args.rounds - 1):
+            continue
+        base = [speed for speed, _ in measured[rows[0]]]
         speeds, firsts = zip(*found, strict=True)
         speed = statistics.median(speeds)
         ratio = statistics.median(a / b for a, b in zip(speeds, base, strict=False))
-        numbers = f"{statistics.median(firsts):>10.2f} s{speed:>10.0f}{min(speeds):>7.0f}"
+        numbers = f"{statistics.median(firsts):>10.2f} s{speed:>10.0f}{min(speeds):>8.0f}"
         share = f"{100 * speed * FLOP / rates[precision]:>11.0f} %"
-        print(f"{start}{numbers}{max(speeds):>7.0f}{ratio:>12.2f}{share}", flush=True)
+        print(f"{start}{numbers}{max(speeds):>8.0f}{ratio:>12.2f}{share}", flush=True)
 
 
 if __name__ == "__main__":
