@@ -28,15 +28,15 @@ def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
     model, preprocess = model.to(device), preprocess.to(device)
     images, labels = (t.to(device) for t in getattr(data, split))
 
-    predict(model, images[:1000], preprocess, precision)  # loads the kernels; not timed
+    predict(model, images[:1000], preprocess, precision).sum().item()  # loads kernels; not timed
     started = time.perf_counter()
     logits = predict(model, images, preprocess, precision)
     loss, accuracy = loss_and_accuracy(logits, labels)  # waits for the device
     seconds = time.perf_counter() - started
     images, labels, logits = images.cpu(), labels.cpu(), logits.cpu()
-    if folder := figures_folder(flags):
+    if "figures" in flags:
         for name, plot in RESULT_PICTURES.items():
-            plot(images, logits, labels, classes, folder / f"{name}.png")
+            plot(images, logits, labels, classes, Path(flags["figures"], f"{name}.png"))
     confusion = confusion_matrix(logits, labels)
     per_class = (100 * confusion.diagonal() / confusion.sum(1)).tolist()
     return {
@@ -64,26 +64,18 @@ def classify(flags: dict[str, Any]) -> dict[str, dict[str, float]]:
         files = sorted(f for f in path.iterdir() if is_image_name(f.name))
         if not files:
             raise InputError(f"--images {path}: no image in this folder")
-    size, folder = config.data.image_size or model.image_size, figures_folder(flags)
+    model, preprocess = model.to(device), preprocess.to(device)
     for file in files:
-        image = decode(file, size)
-        logits = predict(model.to(device), image[None].to(device), preprocess.to(device), precision)
+        image = decode(file, config.data.image_size or model.image_size)
+        logits = predict(model, image[None].to(device), preprocess, precision)
         top = logits[0].softmax(0).cpu().topk(min(5, len(classes)))
         likely = {classes[i]: p for p, i in zip(*map(Tensor.tolist, top), strict=True)}
         found[str(file)] = likely
-        if folder:
+        if "figures" in flags:
             text = "\n".join(f"{name} {100 * p:.1f} %" for name, p in likely.items())
-            plot_attention(model.cpu(), preprocess.cpu(), image, text, folder / f"{file.name}.png")
+            to = Path(flags["figures"], f"{file.name}.png")
+            plot_attention(model, preprocess, image.to(device), text, to)
     return found
-
-
-def figures_folder(flags: dict[str, Any]) -> Path | None:
-    """Make and return the folder of --figures, if any. Raises OSError."""
-    if "figures" not in flags:
-        return None
-    folder = Path(flags["figures"])
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def count_by_part(model: ViT) -> dict[str, int]:
@@ -110,7 +102,8 @@ def main(argv: list[str]) -> None:
     """Run the command line."""
     parser = weights_parser()
     parser.add_argument("--device", type=Literal["auto", "cuda", "mps", "cpu"], default="auto")
-    parser.add_argument("--precision", type=Literal["auto", "float32", "bfloat16"], default="auto")
+    text, kinds = "Default that of the training.", Literal["auto", "float32", "bfloat16"]
+    parser.add_argument("--precision", type=kinds, help=text)
     text = "Images to evaluate: those of the test, or those held out of the training."
     parser.add_argument("--split", type=Literal["test", "val"], default="test", help=text)
     text = "Classify this file, or the image files of this folder, instead of a data set."
@@ -120,9 +113,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--figures", metavar="DIR", help=text)
     flags = parse_flags(parser, argv)
     try:
+        if "figures" in flags:
+            Path(flags["figures"]).mkdir(parents=True, exist_ok=True)
         result = classify(flags) if "images" in flags else evaluate(flags)
     except OSError as error:
-        raise InputError(f"--figures {flags.get('figures')}: {error.strerror or error}") from None
+        raise InputError(f"{error.filename}: {error.strerror or error}") from None
     if flags.get("json"):
         print(json.dumps(result))
     elif "images" not in flags:

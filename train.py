@@ -66,6 +66,8 @@ def training_step(
 def train(config: Config, device: torch.device, run: Run) -> None:
     """Train from the first step, or from the run's saved one, to the last, then test."""
     recipe, size = config.train, config.train.batch_size
+    if size % (WORLD_SIZE * recipe.accumulation_steps):
+        raise InputError(f"train.batch_size {size} is not divided by {WORLD_SIZE} processes' parts")
     # The model first: weights that do not fit should fail before images are slowly decoded.
     torch.manual_seed(recipe.seed)
     model = ViT(**config.model)
@@ -78,8 +80,6 @@ def train(config: Config, device: torch.device, run: Run) -> None:
     images, labels = (t.to(device) for t in data.train)
     preprocess = Preprocess(data.mean, data.std, model.image_size).to(device)
     steps_per_epoch = len(labels) // size
-    if size % (WORLD_SIZE * recipe.accumulation_steps):
-        raise InputError(f"train.batch_size {size} is not divided by {WORLD_SIZE} processes' parts")
     if steps_per_epoch == 0:
         raise InputError(f"train.batch_size {size} is more than the {len(labels)} training images")
 

@@ -147,7 +147,7 @@ def test_what_cannot_be_evaluated_is_one_line_and_exit_code_2(file, tmp_path, ca
         ({"--checkpoint": tmp_path / "file"}, f"{tmp_path}/file: not a checkpoint"),
         ({"--data.root": "no/such"}, "no/such/train: "),
         ({"--data.root": other}, f"data.root {other}: the checkpoint's class bee"),
-        ({"--figures": tmp_path / "file" / "x"}, f"--figures {tmp_path}/file/x: "),
+        ({"--figures": tmp_path / "file" / "x"}, f"{tmp_path}/file/x: "),
         ({"--images": tmp_path / "file"}, f"{tmp_path}/file: not a readable image"),
         ({"--images": tmp_path / "empty"}, f"--images {tmp_path}/empty: no image"),
         ({"--images": tmp_path / "none"}, f"{tmp_path}/none: not a readable image"),

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, write_image_folder, write_tiny_config
 
 import train
+import vit.run
 from vit import checkpoint
 
 TIMES = {"images_per_second", "seconds"}  # all that may differ
@@ -88,6 +89,26 @@ def test_a_run_stopped_by_signals_continues_bit_for_bit(
         argv = ["--resume", str(run_dir)]
     assert train.main(argv) == 0
     assert_same_outcome(run_dir, undisturbed)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("execution", ["eager", "graph"])
+def test_a_run_on_cuda_continues_bit_for_bit(execution, tmp_path, image_folder, monkeypatch):
+    keys = RECIPES["muon"] | dict(device="cuda", deterministic="true", execution=execution)
+    argv, undisturbed = run_undisturbed(tmp_path, image_folder, **keys, precision="auto")
+    real, steps = vit.run.Run.after_step, []
+
+    def after_step(run, state):
+        steps.append(state.step)
+        if len(steps) == 5:  # of 6 in an epoch; the graph is captured at the fourth
+            signal.raise_signal(signal.SIGINT)
+        real(run, state)
+
+    monkeypatch.setattr(vit.run.Run, "after_step", after_step)
+    assert train.main([*argv, str(tmp_path / "run")]) == 128 + signal.SIGINT
+    assert steps == [1, 2, 3, 4, 5]
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert_same_outcome(tmp_path / "run", undisturbed)
 
 
 def test_what_a_finished_run_can_be_resumed_with(tmp_path, image_folder, capsys):

@@ -34,6 +34,7 @@ def machine(monkeypatch):
         replaced = {
             "torch.cuda.is_available": lambda: "cuda" in devices,
             "torch.cuda.set_device": lambda device: None,
+            "torch.cuda.device_count": lambda: 1,
             "torch.cuda.get_device_name": lambda *_: "a GPU",
             "torch.cuda.is_bf16_supported": is_bf16_supported,
             "torch.backends.mps.is_available": lambda: "mps" in devices,
@@ -189,6 +190,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize(
     "execution, device, tolerance, keys",
     [("compiled", "cpu", 1e-4, dict(optimizer="sgd", **PLAIN))]
+    + [pytest.param("compiled", "cuda", 1e-4, dict(optimizer="sgd", **PLAIN), marks=GPU)]
     + [
         pytest.param("graph", "cuda", 1e-6, dict(optimizer=name, precision=precision), marks=GPU)
         for name, precision in itertools.product(OPTIMIZERS, ("float32", "bfloat16"))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit.config import DataConfig
+from vit.distributed import rank_0_first
 from vit.errors import InputError
 from vit.shapes import SHAPES, draw_shapes
 
@@ -95,7 +96,8 @@ def _cifar10(root: str) -> tuple[tuple, tuple, list[str]]:
     from torchvision.datasets import CIFAR10
 
     try:
-        parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
+        with rank_0_first():
+            parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, EOFError) as error:  # no network, no disk, a damaged archive
         fault = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(

@@ -19,12 +19,23 @@ def processes(device: torch.device) -> Iterator[None]:
     if WORLD_SIZE == 1:
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    on_cuda = device.type == "cuda"
+    dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
     try:
         yield
         dist.barrier()  # rank 0 may still be saving
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Let the other processes enter when rank 0 has left: it downloads, they find what it did."""
+    if RANK:
+        dist.barrier()
+    yield
+    if RANK == 0 and WORLD_SIZE > 1:
+        dist.barrier()
 
 
 def share(tensor: Tensor) -> Tensor:

@@ -134,7 +134,9 @@ class Pictures:
             self.vit4, self.preprocess4, *_ = load_model(flags["patch4_checkpoint"])
         self.classes = data.classes
         self.images, self.labels = data.test
-        self.image = self.sample(EXAMPLE_CLASS % len(self.classes))
+        image = self.sample(EXAMPLE_CLASS % len(self.classes))[None].float()
+        size = self.vit.image_size, self.vit.image_size
+        self.image = F.interpolate(image, size, mode="bilinear")[0].to(torch.uint8)
 
     @cached_property
     def logits(self) -> Tensor:
@@ -172,7 +174,7 @@ class Pictures:
             "active": ("GELU(hidden)", active, "GELU"),
             "mlp_output": ("$MLP(LN(z'))$", mlp_output, "linear layer"),
             "z_L": (f"$z_{{{last}}}$", z_L, f"{len(z_L)} × {z_L.shape[1]}"),
-            "y": ("$y$", y, f"mean: {y.shape[1]}"),
+            "y": ("$y$", y, f"{y.shape[1]}"),
             "scores": ("scores", scores, "linear head,\nsoftmax"),
         }
         for name in "z_0", "normed":
@@ -212,11 +214,10 @@ class Pictures:
     def draw_attention(self, path: Path) -> None:
         """Show the attention weights of the example in the last block (Eq. 6)."""
         heads = analysis.attention_weights(self.vit, self.preprocess(self.image[None]))[-1, 0, :2]
-        panels = []
+        panels, row = [], QUERY % heads.shape[1]
         for i, A in enumerate(heads, 1):
             panels.append((f"head {i}: $A$", A, "a row for each\npatch that looks"))
-            patch = len(A) + QUERY + 1
-            panels.append((f"row {patch}", _shade(self.image, A[QUERY]), "where it looks"))
+            panels.append((f"row {row + 1}", _shade(self.image, A[row]), "where it looks"))
         _row(path, [""] * len(panels), panels)
 
     def draw_classes(self, path: Path) -> None:
@@ -228,10 +229,7 @@ class Pictures:
     def draw_curves(self, path: Path) -> None:
         """Draw every run of configs/results."""
         files = sorted(RESULTS.glob("*.csv"))
-        if files:
-            plot_runs({f.stem: [*csv.DictReader(f.read_text().splitlines())] for f in files}, path)
-        else:
-            print(f"curves: no results in {RESULTS}", file=sys.stderr)
+        plot_runs({f.stem: [*csv.DictReader(f.read_text().splitlines())] for f in files}, path)
 
     def draw_record(self, path: Path) -> None:
         """Compare accuracy and size of the weights that ship with published plain ViTs."""
@@ -306,9 +304,7 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 # Pictures of a split. Shapes: uint8 images (N, 3, S, S), logits (N, K), labels (N,).
 
 
-def plot_class_accuracy(
-    images: Tensor, logits: Tensor, labels: Tensor, classes: list[str], path: Path
-) -> None:
+def plot_class_accuracy(images, logits, labels, classes: list[str], path: Path) -> None:
     """Draw one bar per class, in percent."""
     confusion = confusion_matrix(logits, labels)
     percent = (100 * confusion.diagonal() / confusion.sum(1)).tolist()
@@ -319,9 +315,7 @@ def plot_class_accuracy(
     figure.savefig(path)
 
 
-def plot_confusion(
-    images: Tensor, logits: Tensor, labels: Tensor, classes: list[str], path: Path
-) -> None:
+def plot_confusion(images, logits, labels, classes: list[str], path: Path) -> None:
     """Draw the confusion matrix, each row in percent of its class."""
     confusion = confusion_matrix(logits, labels)
     percent, names = 100 * confusion / confusion.sum(1, keepdim=True), range(len(classes))
@@ -336,9 +330,7 @@ def plot_confusion(
     figure.savefig(path)
 
 
-def plot_mistakes(
-    images: Tensor, logits: Tensor, labels: Tensor, classes: list[str], path: Path
-) -> None:
+def plot_mistakes(images, logits, labels, classes: list[str], path: Path) -> None:
     """Show the six wrongly classified images of which the model is the surest."""
     likely, panels = logits.softmax(1), []
     surest = likely.amax(1).argsort(descending=True)
@@ -352,8 +344,9 @@ def plot_mistakes(
 def plot_attention(model: ViT, preprocess: Preprocess, image: Tensor, text: str, path: Path):
     """Lay over an image, uint8 (3, S, S), what the head's input takes from each of its patches."""
     weights = analysis.attention_weights(model, preprocess(image[None]))
-    shaded = _shade(image, analysis.received(analysis.rollout(weights))[0])
-    _row(path, ["", ""], [("image", image, text), ("its patches, darkened by rollout", shaded, "")])
+    maps, image = analysis.received(analysis.rollout(weights)).cpu(), image.cpu()
+    title, shaded = "its patches, darkened by rollout", _shade(image, maps[0])
+    _row(path, ["", ""], [("image", image, text), (title, shaded, "")])
 
 
 RESULT_PICTURES = {  # drawn by evaluate.py --figures too

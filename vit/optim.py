@@ -58,12 +58,10 @@ def make_optimizers(model: ViT, recipe: TrainConfig) -> list[Optimizer]:
     options = dict(weight_decay=recipe.weight_decay, fused=True)
     if recipe.optimizer == "sgd":
         return [SGD(rest, momentum=0.9, **options)]
-    if recipe.optimizer == "adam":
-        return [Adam(rest, **options)]
-    if recipe.optimizer == "adamw":
-        return [AdamW(rest, **options)]
-    muon = Muon(_group(matrices, recipe.muon_learning_rate), recipe.weight_decay)
-    return [muon, AdamW(rest, **options)]
+    others = (Adam if recipe.optimizer == "adam" else AdamW)(rest, **options)
+    if recipe.optimizer != "muon":
+        return [others]
+    return [Muon(_group(matrices, recipe.muon_learning_rate), recipe.weight_decay), others]
 
 
 def _group(parameters: list[Tensor], rate: float) -> list[dict]:

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vit import checkpoint
 from vit.checkpoint import TrainState, write_atomically
 from vit.config import Config
@@ -47,7 +49,8 @@ class Run(contextlib.ExitStack):
         super().__exit__(kind, error, trace)  # releases the lock, restores the signals' handlers
         if self.unsaved and kind is None:
             raise Stopped(self.unsaved)
-        if WORLD_SIZE > 1 and isinstance(error, RuntimeError):  # of gloo or NCCL
+        of_memory = isinstance(error, torch.OutOfMemoryError)  # a RuntimeError, too
+        if WORLD_SIZE > 1 and isinstance(error, RuntimeError) and not of_memory:  # gloo's or NCCL's
             raise Stopped(f"another process was lost; {self.go_on} ({error!s:.150})") from None
 
     def restore(self, state: TrainState, data: Dataset) -> None:
@@ -56,6 +59,8 @@ class Run(contextlib.ExitStack):
         self.info |= {"std": data.std, "fingerprint": data.fingerprint}
         if RANK == 0:
             self._take_folder()
+        if self.saved:  # again, since another process may have gone on until the lock was ours
+            self.saved = checkpoint.load(self.path)
         for number in SIGNALS:
             self.callback(signal.signal, number, signal.signal(number, self._receive))
         if self.saved is None:
@@ -152,4 +157,6 @@ class Run(contextlib.ExitStack):
             print(f"test accuracy  {accuracy:.2f} % of {images:,} images")
         seconds, speed = sum(row["seconds"] for row in rows), rows[-1]["images_per_second"]
         print(f"training       {seconds:.0f} s, {speed:.0f} images/s")
+        if state.loss_sum.is_cuda:
+            print(f"peak memory    {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
         print(f"run folder     {self.folder}")

@@ -22,11 +22,15 @@ FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "sve_bf16")  # instructions of a pro
 def pick_device(name: str, precision: str) -> tuple[torch.device, str]:
     """Return and print what "auto" stands for. Raises InputError where a device is not there."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    found["mps"] &= WORLD_SIZE == 1  # gloo and NCCL know no such device
     if name == "auto":
         name = next((kind for kind, is_there in found.items() if is_there), "cpu")
     elif not found.get(name, True):
         raise InputError(f"device {name}: this machine, or this torch, has no such device")
     if name == "cuda":
+        count = torch.cuda.device_count()
+        if count <= LOCAL_RANK:
+            raise InputError(f"device cuda: {WORLD_SIZE} processes on {count} CUDA devices")
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
         kind = torch.cuda.get_device_name()

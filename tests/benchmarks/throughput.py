@@ -6,12 +6,13 @@ All train the default model's sizes on generated images of 32 px: AdamW, flip an
 end in 0 have no dropout, as cifar10.yaml, the others 0.1 in attention, in MLPs and before the head.
 Rounds alternate between the loops, each in a process of its own; the table gives the median
 images/s without the first steps (steady), the seconds of the first step (cold: it compiles or loads
-kernels), and the median over the rounds of the ratio to the tutorial's loop at its own batch of 64.
+kernels), the median over the rounds of the ratio to the tutorial's loop at its own batch of 64, and
+the share of the machine's rate of matrix products, by the FLOP of our model.
 
 - tutorial: a DataLoader of 2 workers with PIL transforms, nn.MultiheadAttention that returns its
   weights, float32, .item() at every step.
-- ours: training_step of train.py, eager, compiled and (on CUDA) captured, in float32 and in the
-  machine's best precision.
+- ours: training_step of train.py, eager, compiled and (on CUDA) captured, in the machine's best
+  precision and, without dropout, in float32.
 - torchvision, timm, SimpleViT (vit-pytorch): their models of the same width, depth, heads and MLP
   in our step, eager. torchvision's and timm's have a class token and a final norm; SimpleViT's has
   fixed positions, norms around its patches, no biases in attention, and no dropout.
@@ -258,7 +259,8 @@ def print_table(rows: list[tuple], rates: dict[str, float], args) -> None:
         base = [speed for speed, _ in measured[rows[0]]]
         speeds, firsts = zip(*found, strict=True)
         speed = statistics.median(speeds)
-        ratio = statistics.median(a / b for a, b in zip(speeds, base, strict=False))
+        ratios = [a / b for a, b in zip(speeds, base, strict=False)]
+        ratio = statistics.median(ratios or [float("nan")])
         numbers = f"{statistics.median(firsts):>10.2f} s{speed:>10.0f}{min(speeds):>8.0f}"
         share = f"{100 * speed * FLOP / rates[precision]:>11.0f} %"
         print(f"{start}{numbers}{max(speeds):>8.0f}{ratio:>12.2f}{share}", flush=True)
