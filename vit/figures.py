@@ -129,9 +129,9 @@ class Pictures:
         self.vit, self.preprocess, _, data = load_weights_and_data(flags)
         if not isinstance(self.vit.positions, PositionalEmbedding):
             raise InputError("--checkpoint: the pictures are of a model with positions")
-        self.vit4, self.preprocess4 = self.vit, self.preprocess  # for maps over the image
-        if "patch4_checkpoint" in flags:
-            self.vit4, self.preprocess4, *_ = load_model(flags["patch4_checkpoint"])
+        default = flags.get("checkpoint", WEIGHTS / "cifar10_patch4.pt")
+        file = flags.get("patch4_checkpoint", default)
+        self.vit4, self.preprocess4, *_ = load_model(file)  # for maps over the image
         self.classes = data.classes
         self.images, self.labels = data.test
         image = self.sample(EXAMPLE_CLASS % len(self.classes))[None].float()
