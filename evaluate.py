@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from vit.checkpoint import CIFAR10_WEIGHTS, load_model
+from vit.checkpoint import BEST_WEIGHTS, load_model
 from vit.config import parse_flags, weights_parser
 from vit.errors import InputError, one_line_errors
 from vit.evaluation import confusion_matrix, load_weights_and_data, loss_and_accuracy, predict
@@ -40,7 +40,7 @@ def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
     confusion = confusion_matrix(logits, labels)
     per_class = (100 * confusion.diagonal() / confusion.sum(1)).tolist()
     return {
-        "checkpoint": str(flags.get("checkpoint", CIFAR10_WEIGHTS)),
+        "checkpoint": str(flags.get("checkpoint", BEST_WEIGHTS)),
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameters_by_part": count_by_part(model),
         f"{split}_accuracy": accuracy,
@@ -53,7 +53,7 @@ def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
 
 def classify(flags: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return the likeliest classes of the images of a file or folder, at most 5, by file."""
-    model, preprocess, config, classes = load_model(flags.get("checkpoint", CIFAR10_WEIGHTS))
+    model, preprocess, config, classes = load_model(flags.get("checkpoint", BEST_WEIGHTS))
     for name in {"data", "split"} & flags.keys():
         raise InputError(f"--{name} does not go with --images")
     precision = flags.get("precision", config.train.precision)

@@ -5,8 +5,8 @@ from vit.model import PAPER, ViT
 __all__ = ["PAPER", "ViT", "load"]
 
 
-def load(name: str = "cifar10"):
-    """Return a trained model that ships, "cifar10" or another of `vit/weights`, and its Preprocess.
+def load(name: str = "cifar10_record"):
+    """Return a trained model of `vit/weights`, named after its config, and its Preprocess.
 
     Raises InputError where there is no such file.
     """

@@ -23,7 +23,7 @@ from vit.model import ViT
 FORMAT = "vit checkpoint 2"
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 WEIGHTS = Path(__file__).parent / "weights"  # which ship
-CIFAR10_WEIGHTS = WEIGHTS / "cifar10.pt"
+BEST_WEIGHTS = WEIGHTS / "cifar10_record.pt"
 
 
 class TrainState:

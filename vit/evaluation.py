@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vit.checkpoint import CIFAR10_WEIGHTS, load_model
+from vit.checkpoint import BEST_WEIGHTS, load_model
 from vit.config import Config
 from vit.data import Dataset, Preprocess, Split, load_dataset
 from vit.distributed import share, total
@@ -18,7 +18,7 @@ from vit.model import ViT
 
 def load_weights_and_data(flags: dict[str, Any]) -> tuple[ViT, Preprocess, Config, Dataset]:
     """Load what the flags of `weights_parser` name. Raises InputError where they do not agree."""
-    checkpoint = flags.get("checkpoint", CIFAR10_WEIGHTS)
+    checkpoint = flags.get("checkpoint", BEST_WEIGHTS)
     model, preprocess, config, classes = load_model(checkpoint)
     where = dataclasses.replace(config.data, **flags.get("data", {}))
     print(f"weights {checkpoint}, data {where.name} in {where.root}", file=sys.stderr)

@@ -234,12 +234,14 @@ class Pictures:
     def draw_record(self, path: Path) -> None:
         """Compare accuracy and size of the weights that ship with published plain ViTs."""
         figure, axes = _new_figure(4.5)
-        points = [("black", "left", 6, *point) for point in PUBLISHED]
-        for file in sorted(WEIGHTS.glob("*.pt")):
-            saved = load(file)
+        points, ours = [("black", "left", 6, *point) for point in PUBLISHED], {}
+        for saved in sorted(
+            map(load, WEIGHTS.glob("*.pt")), key=lambda saved: saved["test"]["accuracy"]
+        ):
             millions = sum(tensor.numel() for tensor in saved["model"].values()) / 1e6
             patch, accuracy = saved["config"]["model"]["patch_size"], saved["test"]["accuracy"]
-            points.append(("C1", "right", -6, f"ours, {file.stem}", patch, millions, accuracy))
+            ours[patch] = ("C1", "right", -6, f"ours, patch {patch}", patch, millions, accuracy)
+        points += ours.values()  # the best of each patch size
         for color, side, shift, name, patch, *place in points:
             axes.plot(*place, "s" if patch == 8 else "o", color=color)
             text, offset = f"{name}: {place[1]:.1f}", dict(textcoords="offset points", va="center")
