@@ -6,6 +6,7 @@ Counted from the start of the process, with imports, decoding and compiling, and
 step.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", *sys.argv[1:], "--run_dir", f"{folder}/run"]
         command += ["--train.evaluate_test", "false"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        cold = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}  # compile anew
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=cold) as process:
             for line in process.stdout:
                 if not line.startswith("epoch "):
                     continue
