@@ -14,7 +14,6 @@ from vit.config import parse_flags, weights_parser
 from vit.errors import InputError, one_line_errors
 from vit.evaluation import confusion_matrix, load_weights_and_data, loss_and_accuracy, predict
 from vit.figures import RESULT_PICTURES, plot_attention
-from vit.images import decode, is_image_name
 from vit.model import ViT
 from vit.step import pick_device
 
@@ -40,7 +39,7 @@ def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
     confusion = confusion_matrix(logits, labels)
     per_class = (100 * confusion.diagonal() / confusion.sum(1)).tolist()
     return {
-        "checkpoint": str(flags.get("checkpoint", BEST_WEIGHTS)),
+        "checkpoint": flags["checkpoint"],
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameters_by_part": count_by_part(model),
         f"{split}_accuracy": accuracy,
@@ -53,7 +52,9 @@ def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
 
 def classify(flags: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return the likeliest classes of the images of a file or folder, at most 5, by file."""
-    model, preprocess, config, classes = load_model(flags.get("checkpoint", BEST_WEIGHTS))
+    from vit.images import decode, is_image_name  # here, since importing torchvision takes a second
+
+    model, preprocess, config, classes = load_model(flags["checkpoint"])
     for name in {"data", "split"} & flags.keys():
         raise InputError(f"--{name} does not go with --images")
     precision = flags.get("precision", config.train.precision)
@@ -111,7 +112,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     text = "Folder for pictures: accuracies and mistakes or, of --images, the attention."
     parser.add_argument("--figures", metavar="DIR", help=text)
-    flags = parse_flags(parser, argv)
+    flags = {"checkpoint": str(BEST_WEIGHTS)} | parse_flags(parser, argv)
     try:
         if "figures" in flags:
             Path(flags["figures"]).mkdir(parents=True, exist_ok=True)

@@ -143,7 +143,10 @@ def load(path: Path) -> dict[str, Any]:
 
 def load_model(path: str | Path) -> tuple[ViT, Preprocess, Config, list[str]]:
     """Return a checkpoint's model, with averaged weights if any. Raises InputError, naming it."""
-    saved = load(Path(path))
+    return _build(load(Path(path)), path)
+
+
+def _build(saved: dict[str, Any], path: str | Path) -> tuple[ViT, Preprocess, Config, list[str]]:
     try:
         config = Config.from_dict(saved["config"])
         model = ViT(**config.model)
@@ -156,8 +159,9 @@ def load_model(path: str | Path) -> tuple[ViT, Preprocess, Config, list[str]]:
 
 def load_teacher(path: str, fingerprint: str, device: torch.device) -> tuple[ViT, Preprocess]:
     """Load a teacher. Raises InputError where it saw other images than the fingerprint's."""
-    model, preprocess, *_ = load_model(path)
-    if load(Path(path)).get("fingerprint") != fingerprint:
+    saved = load(Path(path))
+    model, preprocess, *_ = _build(saved, path)
+    if saved.get("fingerprint") != fingerprint:
         raise InputError(f"train.teacher {path}: trained on other images, or another split of them")
     return model.to(device), preprocess.to(device)
 
