@@ -28,12 +28,12 @@ from vit.step import derive_seed, pick_device, prepare
 
 
 def batch_loss(
-    network: nn.Module, images: Tensor, labels: Tensor, recipe: TrainConfig, preprocess: Preprocess
+    network: nn.Module, images: Tensor, targets: Tensor, recipe: TrainConfig, preprocess: Preprocess
 ) -> Tensor:
-    """Return the mean cross entropy in nats. Shapes: images uint8 (B, 3, S, S), labels (B,)."""
+    """Return the mean cross entropy in nats. Shapes: images uint8 (B, 3, S, S), targets (B, K)."""
     with torch.autocast(images.device.type, torch.bfloat16, recipe.precision == "bfloat16"):
         logits = network(preprocess(images))  # (B, K)
-    return F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+    return F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
 
 
 def training_step(
@@ -46,9 +46,10 @@ def training_step(
     teacher: tuple[ViT, Preprocess] | None = None,
 ) -> None:
     """Change the weights once, by a batch of images. Nothing in here waits for the device."""
-    images, targets = augment(images, labels, recipe)  # targets: (B,)
+    one_hot = torch.eye(state.model.head.out_features, device=labels.device)
+    images, targets = augment(images, one_hot[labels], recipe)  # targets: (B, K)
     if teacher:  # soft targets for the very images that the student sees
-        targets = predict(teacher[0], images, teacher[1], recipe.precision).softmax(1)  # (B, K)
+        targets = predict(teacher[0], images, teacher[1], recipe.precision).softmax(1)
     parts = recipe.accumulation_steps
     for i, (x, y) in enumerate(zip(images.chunk(parts), targets.chunk(parts), strict=True)):
         with keep_gradients(state.network, until_last=i == parts - 1):

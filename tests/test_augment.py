@@ -1,10 +1,11 @@
-"""Batched augmentation against a loop over the images, for given random numbers."""
+"""Batched augmentation against torchvision or NumPy, image by image, for given numbers."""
 
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import v2
 
-from vit.augment import augment, crop, flip
+from vit.augment import affine, augment, color_jitter, crop, cutmix, flip
 from vit.config import TrainConfig
 
 
@@ -31,13 +32,81 @@ def test_flip_mirrors_the_columns_of_masked_images_only(images):
         assert np.array_equal(flipped, image[:, :, ::-1] if mirrored else image)
 
 
+def test_affine_is_that_of_torchvision(images):
+    rng = np.random.default_rng(0)
+    for image in images[:10]:
+        angle, scale, shear = rng.uniform([-60, 0.7, -30], [60, 1.4, 30])
+        turn, slope = np.deg2rad(angle), -np.tan(np.deg2rad(shear))
+        rotation = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]
+        inverse = np.linalg.inv(scale * np.array(rotation) @ [[1, slope], [0, 1]])
+        given = dict(angle=angle, translate=[0, 0], scale=scale, shear=[shear, 0])
+        bilinear = dict(interpolation=v2.InterpolationMode.BILINEAR)
+        expected = v2.functional.affine(image, **given, **bilinear).int()
+        result = affine(image[None], torch.tensor(inverse[None], dtype=torch.float32))[0].int()
+        assert (result - expected).abs().max() <= 1 and (result != image).any()  # 1 is rounding
+
+
+def test_color_jitter_is_that_of_torchvision(images):
+    factors = torch.rand(3, 50, generator=torch.Generator().manual_seed(1)) * 2
+    for image, result, given in zip(images, color_jitter(images, factors), factors.T, strict=True):
+        brightness, contrast, saturation = given.tolist()
+        x = v2.functional.adjust_brightness(image / 255, brightness)
+        x = v2.functional.adjust_contrast(x, contrast)
+        x = v2.functional.adjust_saturation(x, saturation)
+        assert (result - 255 * x).abs().max() < 0.55  # rounded; its grey is of 0.2989 red
+
+
+def test_cutmix_is_that_of_torchvision(images):
+    labels, mix = torch.arange(50) % 7, v2.CutMix(num_classes=7)
+    boxes = torch.randint(0, 7, (4, 50), generator=torch.Generator().manual_seed(2))
+    boxes[2:] += boxes[:2]
+    boxes[:, 0], boxes[:, 1] = torch.tensor([5, 5, 5, 9]), torch.tensor([0, 0, 12, 12])
+    results = cutmix(images, torch.eye(7)[labels], boxes.float())
+    for i, (image, target) in enumerate(zip(*results, strict=True)):
+        left, top, right, bottom = box = boxes[:, i].tolist()
+        part = (right - left) * (bottom - top) / 144
+        given = dict(labels=labels, batch_size=50, box=(left, top, right, bottom))
+        given |= dict(lam=1 - part, lam_adjusted=1 - part)
+        assert torch.equal(image, mix.transform(images, given)[i]), box
+        torch.testing.assert_close(target, mix.transform(labels, given)[i])
+    assert torch.equal(results[0][0], images[0]) and torch.equal(results[0][1], images[0])
+
+
+def test_augment_draws_the_strengths_that_the_recipe_names():
+    """What it draws, found again in images that are plain enough to tell."""
+    torch.manual_seed(0)
+    nothing = dict(crop_padding=0, horizontal_flip=False)
+    ramp = torch.arange(101, dtype=torch.float32).expand(2000, 1, 101, 101)  # x alone
+    x = augment(ramp, torch.eye(1), TrainConfig(affine=0.2, **nothing))[0][:, 0]
+    across, down = x[:, 50, 60] - x[:, 50, 50], x[:, 60, 50] - x[:, 50, 50]  # ten pixels away
+    for entry, mean in ((across / 10, 1), (down / 10, 0)):
+        assert abs(entry.mean() - mean) < 0.02 and 0.15 < (entry - mean).abs().max() <= 0.21
+
+    grey = torch.full((4000, 3, 2, 2), 100, dtype=torch.uint8)  # its brightness alone changes
+    x = augment(grey, torch.eye(1), TrainConfig(color_jitter=0.5, **nothing))[0] / 100
+    assert x.min() == 0.5 and x.max() == 1.5 and abs(x.mean() - 1) < 0.02
+
+    images = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 32, 32)
+    targets, areas = torch.eye(200), []
+    for _ in range(20):
+        mixed, soft = augment(images, targets, TrainConfig(cutmix=0.25, **nothing))
+        own = (mixed == images).double().mean((1, 2, 3))
+        torch.testing.assert_close(soft.diagonal().double(), own, atol=1e-6, rtol=0)
+        torch.testing.assert_close(soft.sum(1), torch.ones(200))
+        areas.append(1 - own)
+    areas = torch.cat(areas)
+    # A box of uniform area loses what lies outside of the image: about half a side at the border.
+    assert 0.19 < (areas > 0).double().mean() < 0.26 and 0.25 < areas[areas > 0].mean() < 0.45
+
+
 def test_augment_draws_every_corner_and_half_of_the_flips_evenly():
     # One bright pixel off the centre shows where the window was cut and whether it was mirrored.
     torch.manual_seed(0)
     images = torch.zeros(20_000, 1, 13, 13, dtype=torch.uint8)
     images[:, :, 6, 5] = 255
-    images, labels = augment(images, torch.arange(20_000), TrainConfig(crop_padding=2))
-    assert torch.equal(labels, torch.arange(20_000))
+    targets = torch.rand(20_000, 2)
+    images, unchanged = augment(images, targets, TrainConfig(crop_padding=2))
+    assert torch.equal(unchanged, targets)
     found = images.nonzero()
     assert len(found) == 20_000
     places = torch.bincount((found[:, 2] - 4) * 7 + found[:, 3] - 3, minlength=35).view(5, 7)
@@ -50,10 +119,11 @@ def test_augment_draws_every_corner_and_half_of_the_flips_evenly():
 
 
 def test_augment_is_a_function_of_the_seed_and_changes_nothing_when_told_nothing(images):
-    results = []
+    results, targets = [], torch.rand(50, 4)
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
-        results.append(augment(images, torch.zeros(50), TrainConfig())[0])
+        everything = TrainConfig(affine=0.1, color_jitter=0.1, cutmix=0.5)
+        results.append(augment(images, targets, everything)[0])
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
     nothing = TrainConfig(crop_padding=0, horizontal_flip=False)
-    assert torch.equal(augment(images, torch.zeros(50), nothing)[0], images)
+    assert torch.equal(augment(images, targets, nothing)[0], images)

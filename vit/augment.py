@@ -19,12 +19,57 @@ def flip(images: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask[:, None, None, None], images.flip(-1), images)
 
 
-def augment(images: Tensor, labels: Tensor, recipe: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Crop and mirror images (B, C, S, S) at random on their device, as the recipe says."""
-    batch, device = len(images), images.device
+def affine(images: Tensor, matrices: Tensor) -> Tensor:
+    """Fetch each pixel from (B, 2, 2) times its (x, y) from the centre, bilinearly; else black."""
+    grid = F.affine_grid(F.pad(matrices, (0, 1)), list(images.shape), align_corners=False)
+    return F.grid_sample(images.float(), grid, align_corners=False).round().to(images.dtype)
+
+
+def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
+    """Change brightness, contrast and saturation of images (B, 3, S, S) by factors (3, B)."""
+    brightness, contrast, saturation = factors[:, :, None, None, None]
+    x = (images * brightness).clamp(0, 255)
+    x = torch.lerp(_grey(x).mean((2, 3), keepdim=True), x, contrast).clamp(0, 255)
+    return torch.lerp(_grey(x), x, saturation).clamp(0, 255).round().to(images.dtype)
+
+
+def _grey(images: Tensor) -> Tensor:
+    red, green, blue = images.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def cutmix(images: Tensor, targets: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Paste a box of the image before each, and mix the targets by its area (Yun et al., 2019).
+
+    Shapes: images (B, C, S, S), targets (B, K), boxes (4, B) of left, top, right and bottom.
+    """
+    place = torch.arange(images.shape[-1], device=images.device)
+    left, top, right, bottom = boxes[:, :, None]
+    rows, columns = (place >= top) & (place < bottom), (place >= left) & (place < right)
+    inside = rows[:, None, :, None] & columns[:, None, None, :]  # (B, 1, S, S)
+    area = inside.float().mean((2, 3))  # (B, 1)
+    images = torch.where(inside, images.roll(1, 0), images)
+    return images, torch.lerp(targets, targets.roll(1, 0), area)
+
+
+def augment(images: Tensor, targets: Tensor, recipe: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Change images (B, C, S, S) and targets (B, K) at random, as the recipe says."""
+    batch, size, device = len(images), images.shape[-1], images.device
+    if recipe.affine:
+        changes = recipe.affine * (2 * torch.rand(batch, 2, 2, device=device) - 1)
+        images = affine(images, torch.eye(2, device=device) + changes)
     if recipe.crop_padding:
         corners = torch.randint(2 * recipe.crop_padding + 1, (2, batch), device=device)
         images = crop(images, recipe.crop_padding, *corners)
     if recipe.horizontal_flip:
         images = flip(images, torch.rand(batch, device=device) < 0.5)
-    return images, labels
+    if recipe.color_jitter:
+        changes = recipe.color_jitter * (2 * torch.rand(3, batch, device=device) - 1)
+        images = color_jitter(images, 1 + changes)
+    if recipe.cutmix:
+        chosen = torch.rand(batch, device=device) < recipe.cutmix
+        side = size * chosen * torch.rand(batch, device=device).sqrt()  # the area is uniform
+        center = size * torch.rand(2, batch, device=device)
+        box = torch.cat([center - side / 2, center + side / 2]).round()
+        images, targets = cutmix(images, targets, box)
+    return images, targets
