@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from vit.augment import affine, augment, color_jitter, crop, cutmix, flip
+from vit.augment import augment, crop, cutmix, flip
 from vit.config import TrainConfig
 
 
@@ -32,30 +32,6 @@ def test_flip_mirrors_the_columns_of_masked_images_only(images):
         assert np.array_equal(flipped, image[:, :, ::-1] if mirrored else image)
 
 
-def test_affine_is_that_of_torchvision(images):
-    rng = np.random.default_rng(0)
-    for image in images[:10]:
-        angle, scale, shear = rng.uniform([-60, 0.7, -30], [60, 1.4, 30])
-        turn, slope = np.deg2rad(angle), -np.tan(np.deg2rad(shear))
-        rotation = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]
-        inverse = np.linalg.inv(scale * np.array(rotation) @ [[1, slope], [0, 1]])
-        given = dict(angle=angle, translate=[0, 0], scale=scale, shear=[shear, 0])
-        bilinear = dict(interpolation=v2.InterpolationMode.BILINEAR)
-        expected = v2.functional.affine(image, **given, **bilinear).int()
-        result = affine(image[None], torch.tensor(inverse[None], dtype=torch.float32))[0].int()
-        assert (result - expected).abs().max() <= 1 and (result != image).any()  # 1 is rounding
-
-
-def test_color_jitter_is_that_of_torchvision(images):
-    factors = torch.rand(3, 50, generator=torch.Generator().manual_seed(1)) * 2
-    for image, result, given in zip(images, color_jitter(images, factors), factors.T, strict=True):
-        brightness, contrast, saturation = given.tolist()
-        x = v2.functional.adjust_brightness(image / 255, brightness)
-        x = v2.functional.adjust_contrast(x, contrast)
-        x = v2.functional.adjust_saturation(x, saturation)
-        assert (result - 255 * x).abs().max() < 0.55  # rounded; its grey is of 0.2989 red
-
-
 def test_cutmix_is_that_of_torchvision(images):
     labels, mix = torch.arange(50) % 7, v2.CutMix(num_classes=7)
     boxes = torch.randint(0, 7, (4, 50), generator=torch.Generator().manual_seed(2))
@@ -72,24 +48,13 @@ def test_cutmix_is_that_of_torchvision(images):
     assert torch.equal(results[0][0], images[0]) and torch.equal(results[0][1], images[0])
 
 
-def test_augment_draws_the_strengths_that_the_recipe_names():
-    """What it draws, found again in images that are plain enough to tell."""
+def test_augment_mixes_the_part_of_the_images_that_the_recipe_names():
     torch.manual_seed(0)
-    nothing = dict(crop_padding=0, horizontal_flip=False)
-    ramp = torch.arange(101, dtype=torch.float32).expand(2000, 1, 101, 101)  # x alone
-    x = augment(ramp, torch.eye(1), TrainConfig(affine=0.2, **nothing))[0][:, 0]
-    across, down = x[:, 50, 60] - x[:, 50, 50], x[:, 60, 50] - x[:, 50, 50]  # ten pixels away
-    for entry, mean in ((across / 10, 1), (down / 10, 0)):
-        assert abs(entry.mean() - mean) < 0.02 and 0.15 < (entry - mean).abs().max() <= 0.21
-
-    grey = torch.full((4000, 3, 2, 2), 100, dtype=torch.uint8)  # its brightness alone changes
-    x = augment(grey, torch.eye(1), TrainConfig(color_jitter=0.5, **nothing))[0] / 100
-    assert x.min() == 0.5 and x.max() == 1.5 and abs(x.mean() - 1) < 0.02
-
+    recipe = TrainConfig(crop_padding=0, horizontal_flip=False, cutmix=0.25)
     images = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 32, 32)
     targets, areas = torch.eye(200), []
     for _ in range(20):
-        mixed, soft = augment(images, targets, TrainConfig(cutmix=0.25, **nothing))
+        mixed, soft = augment(images, targets, recipe)
         own = (mixed == images).double().mean((1, 2, 3))
         torch.testing.assert_close(soft.diagonal().double(), own, atol=1e-6, rtol=0)
         torch.testing.assert_close(soft.sum(1), torch.ones(200))
@@ -122,8 +87,7 @@ def test_augment_is_a_function_of_the_seed_and_changes_nothing_when_told_nothing
     results, targets = [], torch.rand(50, 4)
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
-        everything = TrainConfig(affine=0.1, color_jitter=0.1, cutmix=0.5)
-        results.append(augment(images, targets, everything)[0])
+        results.append(augment(images, targets, TrainConfig(cutmix=0.5))[0])
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
     nothing = TrainConfig(crop_padding=0, horizontal_flip=False)
     assert torch.equal(augment(images, targets, nothing)[0], images)

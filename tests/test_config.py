@@ -31,8 +31,8 @@ OUTSIDE = {  # the nearest values that the numbers do not take, as paper and com
         model.mlp_dim model.num_classes model.norm_eps data.val_fraction train.epochs
         train.batch_size train.accumulation_steps train.learning_rate train.checkpoint_minutes""",
     "1": """model.drop_rate model.norm_eps data.val_fraction train.warmup_fraction
-        train.label_smoothing train.ema_decay train.affine""",
-    "1.1": "train.color_jitter train.cutmix",
+        train.label_smoothing train.ema_decay""",
+    "1.1": "train.cutmix",
     "4294967296": "data.split_seed train.seed",
     ".inf": "train.learning_rate train.muon_learning_rate train.weight_decay train.clip_norm",
 }

@@ -53,7 +53,7 @@ def run_undisturbed(folder, image_folder, **train_keys):
 RECIPES = {
     "adamw, averaged": {"ema_decay": 0.9, "schedule": "cosine", "warmup_fraction": 0.3},
     "muon": {"optimizer": "muon", "muon_learning_rate": 0.02, "label_smoothing": 0.1},
-    "augmented": {"affine": 0.1, "color_jitter": 0.2, "cutmix": 0.5},
+    "mixed": {"cutmix": 0.5},
     "adam": {"optimizer": "adam"},
     "sgd, in parts": {"optimizer": "sgd", "accumulation_steps": 2, "clip_norm": 0.1},
 }

@@ -19,25 +19,6 @@ def flip(images: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask[:, None, None, None], images.flip(-1), images)
 
 
-def affine(images: Tensor, matrices: Tensor) -> Tensor:
-    """Fetch each pixel from (B, 2, 2) times its (x, y) from the centre, bilinearly; else black."""
-    grid = F.affine_grid(F.pad(matrices, (0, 1)), list(images.shape), align_corners=False)
-    return F.grid_sample(images.float(), grid, align_corners=False).round().to(images.dtype)
-
-
-def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
-    """Change brightness, contrast and saturation of images (B, 3, S, S) by factors (3, B)."""
-    brightness, contrast, saturation = factors[:, :, None, None, None]
-    x = (images * brightness).clamp(0, 255)
-    x = torch.lerp(_grey(x).mean((2, 3), keepdim=True), x, contrast).clamp(0, 255)
-    return torch.lerp(_grey(x), x, saturation).clamp(0, 255).round().to(images.dtype)
-
-
-def _grey(images: Tensor) -> Tensor:
-    red, green, blue = images.split(1, dim=1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
-
-
 def cutmix(images: Tensor, targets: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Paste a box of the image before each, and mix the targets by its area (Yun et al., 2019).
 
@@ -55,17 +36,11 @@ def cutmix(images: Tensor, targets: Tensor, boxes: Tensor) -> tuple[Tensor, Tens
 def augment(images: Tensor, targets: Tensor, recipe: TrainConfig) -> tuple[Tensor, Tensor]:
     """Change images (B, C, S, S) and targets (B, K) at random, as the recipe says."""
     batch, size, device = len(images), images.shape[-1], images.device
-    if recipe.affine:
-        changes = recipe.affine * (2 * torch.rand(batch, 2, 2, device=device) - 1)
-        images = affine(images, torch.eye(2, device=device) + changes)
     if recipe.crop_padding:
         corners = torch.randint(2 * recipe.crop_padding + 1, (2, batch), device=device)
         images = crop(images, recipe.crop_padding, *corners)
     if recipe.horizontal_flip:
         images = flip(images, torch.rand(batch, device=device) < 0.5)
-    if recipe.color_jitter:
-        changes = recipe.color_jitter * (2 * torch.rand(3, batch, device=device) - 1)
-        images = color_jitter(images, 1 + changes)
     if recipe.cutmix:
         chosen = torch.rand(batch, device=device) < recipe.cutmix
         side = size * chosen * torch.rand(batch, device=device).sqrt()  # the area is uniform

@@ -64,8 +64,6 @@ class TrainConfig:
         label_smoothing: the part of the target that is spread over all classes.
         crop_padding: random crops after padding by this many pixels; 0 for none.
         horizontal_flip: mirror half of the training images.
-        affine: fetch pixels through a random matrix this near to the identity's entries; 0: none.
-        color_jitter: the largest change of brightness, contrast and saturation, as a part of 1.
         cutmix: the part of the images into which a box of another one is pasted.
         seed: seed of the weights, the order of images, their augmentation and dropout.
         device: auto picks CUDA, else MPS, else the CPU.
@@ -92,8 +90,6 @@ class TrainConfig:
     label_smoothing: Fraction = 0.0
     crop_padding: NonNegativeInt = 4
     horizontal_flip: bool = True
-    affine: Fraction = 0.0
-    color_jitter: ClosedUnitInterval = 0.0
     cutmix: ClosedUnitInterval = 0.0
     seed: Seed = 0
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
