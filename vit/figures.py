@@ -34,7 +34,7 @@ ROWS = {  # pictures that are a row of panels, by the panels' names
     "mlp": "mlp_input → hidden → active → mlp_output",
 }
 PUBLISHED = [  # plain ViTs: name, patch size, millions of parameters, test accuracy (%)
-    ("the seed project", 8, 0.848, 67.46),
+    ("the tutorial project", 8, 0.848, 67.46),
     ("small ViT", 4, 0.82, 82.5),
     ("small ViT, RandAugment", 4, 0.82, 86.3),
     ("ViT-Lite-6/4 (2104.05704)", 4, 3.2, 90.9),
