@@ -7,8 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from vit.checkpoint import BEST_WEIGHTS, load_model
 from vit.config import parse_flags, weights_parser
 from vit.errors import InputError, one_line_errors
@@ -52,7 +50,7 @@ def evaluate(flags: dict[str, Any]) -> dict[str, Any]:
 
 def classify(flags: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return the likeliest classes of the images of a file or folder, at most 5, by file."""
-    from vit.images import decode, is_image_name  # here, since importing torchvision takes a second
+    from vit.images import decode, is_image_file  # here, since importing torchvision takes a second
 
     model, preprocess, config, classes = load_model(flags["checkpoint"])
     for name in {"data", "split"} & flags.keys():
@@ -62,7 +60,7 @@ def classify(flags: dict[str, Any]) -> dict[str, dict[str, float]]:
     path, found = Path(flags["images"]), {}
     files = [path]
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if is_image_name(f.name))
+        files = sorted(f for f in path.iterdir() if is_image_file(f.name) and f.name[0] != ".")
         if not files:
             raise InputError(f"--images {path}: no image in this folder")
     model, preprocess = model.to(device), preprocess.to(device)
@@ -70,7 +68,7 @@ def classify(flags: dict[str, Any]) -> dict[str, dict[str, float]]:
         image = decode(file, config.data.image_size or model.image_size)
         logits = predict(model, image[None].to(device), preprocess, precision)
         top = logits[0].softmax(0).cpu().topk(min(5, len(classes)))
-        likely = {classes[i]: p for p, i in zip(*map(Tensor.tolist, top), strict=True)}
+        likely = {classes[i]: p.item() for p, i in zip(*top, strict=True)}
         found[str(file)] = likely
         if "figures" in flags:
             text = "\n".join(f"{name} {100 * p:.1f} %" for name, p in likely.items())
@@ -118,7 +116,8 @@ def main(argv: list[str]) -> None:
             Path(flags["figures"]).mkdir(parents=True, exist_ok=True)
         result = classify(flags) if "images" in flags else evaluate(flags)
     except OSError as error:
-        raise InputError(f"{error.filename}: {error.strerror or error}") from None
+        where = error.filename or flags.get("figures")  # a full disk names no file
+        raise InputError(f"{where}: {error.strerror or error}") from None
     if flags.get("json"):
         print(json.dumps(result))
     elif "images" not in flags:

@@ -42,7 +42,7 @@ def training_step(
     labels: Tensor,
     recipe: TrainConfig,
     preprocess: Preprocess,
-    loss_of: Callable[..., Tensor] = batch_loss,
+    loss_of: Callable[..., Tensor],
     teacher: tuple[ViT, Preprocess] | None = None,
 ) -> None:
     """Change the weights once, by a batch of images. Nothing in here waits for the device."""
@@ -52,7 +52,7 @@ def training_step(
         targets = predict(teacher[0], images, teacher[1], recipe.precision).softmax(1)
     parts = recipe.accumulation_steps
     for i, (x, y) in enumerate(zip(images.chunk(parts), targets.chunk(parts), strict=True)):
-        with keep_gradients(state.network, until_last=i == parts - 1):
+        with keep_gradients(state.network, is_last=i == parts - 1):
             loss = loss_of(state.network, x, y, recipe, preprocess) / parts
             loss.backward()
         state.loss_sum += loss.detach()

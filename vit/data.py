@@ -82,10 +82,9 @@ def load_dataset(config: DataConfig, image_size: int, num_classes: int) -> Datas
 
     mean, std = IMAGENET
     if config.normalization == "training_images":
-        channels = [channel.double() / 255 for channel in train.images.unbind(1)]
-        mean = [channel.mean().item() for channel in channels]
+        pairs = [torch.std_mean(c.double() / 255, correction=0) for c in train.images.unbind(1)]
         # Images of one colour have no spread, and dividing by 0 would make every loss nan.
-        std = [max(channel.std(correction=0).item(), 1e-3) for channel in channels]
+        std, mean = [max(s.item(), 1e-3) for s, _ in pairs], [m.item() for _, m in pairs]
     sha = hashlib.sha256()
     for tensor in (*train, *val, *test):
         sha.update(tensor.numpy())

@@ -48,9 +48,9 @@ def wrap(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model) if WORLD_SIZE > 1 else model
 
 
-def keep_gradients(network: nn.Module, until_last: bool) -> contextlib.AbstractContextManager:
-    """Return a context in which gradients are not exchanged yet, unless it is the last part's."""
-    return contextlib.nullcontext() if WORLD_SIZE == 1 or until_last else network.no_sync()
+def keep_gradients(network: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
+    """Return a context in which gradients are not exchanged yet, unless this is the last part."""
+    return contextlib.nullcontext() if WORLD_SIZE == 1 or is_last else network.no_sync()
 
 
 def total(tensor: Tensor) -> Tensor:

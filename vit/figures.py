@@ -127,11 +127,11 @@ class Pictures:
 
     def __init__(self, flags: dict[str, Any]):
         self.vit, self.preprocess, _, data = load_weights_and_data(flags)
-        if not isinstance(self.vit.positions, PositionalEmbedding):
-            raise InputError("--checkpoint: the pictures are of a model with positions")
         default = flags.get("checkpoint", WEIGHTS / "cifar10_patch4.pt")
         file = flags.get("patch4_checkpoint", default)
         self.vit4, self.preprocess4, *_ = load_model(file)  # for maps over the image
+        if not all(isinstance(m.positions, PositionalEmbedding) for m in (self.vit, self.vit4)):
+            raise InputError("--checkpoint: the pictures are of models with positions")
         self.classes = data.classes
         self.images, self.labels = data.test
         image = self.sample(EXAMPLE_CLASS % len(self.classes))[None].float()

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import is_image_file
 from tqdm import tqdm
 
 from vit.errors import InputError
@@ -26,7 +26,7 @@ class _Folder(ImageFolder):
     """ROOT/CLASS/*.jpg and other images, without hidden files; indexed, it decodes one image."""
 
     def __init__(self, root: Path, size: int):
-        self.folder, self.size = root, size
+        self.size = size
         try:
             super().__init__(root, is_valid_file=self.is_image)
         except (OSError, ValueError) as error:  # no folder, no classes, a class without images
@@ -37,8 +37,8 @@ class _Folder(ImageFolder):
         return names, {name: label for label, name in enumerate(names)}
 
     def is_image(self, path: str) -> bool:
-        parts = Path(path).relative_to(self.folder).parts
-        return all(p[0] != "." for p in parts) and is_image_name(path)
+        parts = Path(path).relative_to(self.root).parts
+        return is_image_file(path) and all(part[0] != "." for part in parts)
 
     def __getitem__(self, index: int) -> Tensor | str:
         try:
@@ -54,11 +54,6 @@ class _Folder(ImageFolder):
         for error in (batch for batch in batches if isinstance(batch, str)):
             raise InputError(error)
         return torch.cat(batches), torch.tensor(self.targets)
-
-
-def is_image_name(name: str) -> bool:
-    """Say whether this is the name of an image, and not of a hidden file."""
-    return name.lower().endswith(IMG_EXTENSIONS) and not Path(name).name.startswith(".")
 
 
 def _stack(images: list[Tensor | str]) -> Tensor | str:

@@ -16,9 +16,6 @@ class Muon(Optimizer):
     Momentum, made orthogonal and scaled by √max(1, rows / columns); decoupled weight decay.
     """
 
-    def __init__(self, groups: list[dict], weight_decay: float, momentum: float = 0.95):
-        super().__init__(groups, dict(weight_decay=weight_decay, momentum=momentum))
-
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
@@ -61,7 +58,8 @@ def make_optimizers(model: ViT, recipe: TrainConfig) -> list[Optimizer]:
     others = (Adam if recipe.optimizer == "adam" else AdamW)(rest, **options)
     if recipe.optimizer != "muon":
         return [others]
-    return [Muon(_group(matrices, recipe.muon_learning_rate), recipe.weight_decay), others]
+    defaults = dict(weight_decay=recipe.weight_decay, momentum=0.95)
+    return [Muon(_group(matrices, recipe.muon_learning_rate), defaults), others]
 
 
 def _group(parameters: list[Tensor], rate: float) -> list[dict]:

@@ -17,7 +17,7 @@ from vit import checkpoint
 from vit.checkpoint import TrainState, write_atomically
 from vit.config import Config
 from vit.data import Dataset
-from vit.distributed import RANK, WORLD_SIZE
+from vit.distributed import RANK, WORLD_SIZE, rank_0_first
 from vit.errors import InputError, Stopped
 from vit.figures import plot_runs
 
@@ -57,8 +57,9 @@ class Run(contextlib.ExitStack):
         """Take up the saved state, or make the folder and save the first. Raises InputError."""
         self.info = {"config": self.config.to_dict(), "classes": data.classes, "mean": data.mean}
         self.info |= {"std": data.std, "fingerprint": data.fingerprint}
-        if RANK == 0:
-            self._take_folder()
+        with rank_0_first():  # the others read the checkpoint when the lock is ours
+            if RANK == 0:
+                self._take_folder()
         if self.saved:  # again, since another process may have gone on until the lock was ours
             self.saved = checkpoint.load(self.path)
         for number in SIGNALS:
@@ -77,7 +78,7 @@ class Run(contextlib.ExitStack):
             except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
                 raise InputError(f"{self.path}: does not fit its model: {error!s:.200}") from None
         self.saved_at = time.monotonic()
-        state.tick()
+        state.ticked = time.perf_counter()  # what came before is not training
 
     def _take_folder(self) -> None:
         try:

@@ -168,7 +168,7 @@ def measure(
     model = MODELS[model_name](0.0 if drop else 0.1)
     for part in ("blocks", "head"):  # where TrainState and the optimisers look
         if not hasattr(model, part):
-            model.add_module(part, nn.Linear(1, 1))
+            model.add_module(part, nn.Linear(1, 10))
     model = model.to(device).train()
     state = TrainState(model, make_optimizers(model, recipe))
     inputs = dict(preprocess=Preprocess(MEAN, STD, 32).to(device))

@@ -1,4 +1,4 @@
-"""Seconds until a cold run reaches 67.46 % (the tutorial project's figure) and 75 % of the validation.
+"""Seconds until a cold run reaches 67.46 % (the tutorial project) and 75 % of the validation.
 
     python -m tests.benchmarks.time_to_accuracy --config configs/cifar10.yaml [flags of train.py]
 
