@@ -235,9 +235,8 @@ class Pictures:
         """Compare accuracy and size of the weights that ship with published plain ViTs."""
         figure, axes = _new_figure(4.5)
         points, ours = [("black", "left", 6, *point) for point in PUBLISHED], {}
-        for saved in sorted(
-            map(load, WEIGHTS.glob("*.pt")), key=lambda saved: saved["test"]["accuracy"]
-        ):
+        shipped = [load(file) for file in WEIGHTS.glob("*.pt")]
+        for saved in sorted(shipped, key=lambda saved: saved["test"]["accuracy"]):
             millions = sum(tensor.numel() for tensor in saved["model"].values()) / 1e6
             patch, accuracy = saved["config"]["model"]["patch_size"], saved["test"]["accuracy"]
             ours[patch] = ("C1", "right", -6, f"ours, patch {patch}", patch, millions, accuracy)
