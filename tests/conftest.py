@@ -1,11 +1,14 @@
 """What several test files share: a small image folder, a tiny run, and the scripts' main()."""
 
 import copy
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before cuBLAS is first used
 
 import train
 from vit import checkpoint
@@ -60,15 +63,20 @@ def run_train(tmp_path, image_folder, capsys):
 
 @pytest.fixture
 def saved_weights(monkeypatch) -> list:
-    """A list to which every save of a run adds a copy of the model's weights."""
+    """A list to which every save of a run adds a copy of the classifier's weights."""
     real, saved = checkpoint.save, []
 
     def save(state, folder):
-        saved.append(copy.deepcopy(state["model"]))
+        saved.append(copy.deepcopy(state["classifier"]))
         real(state, folder)
 
     monkeypatch.setattr(checkpoint, "save", save)
     return saved
+
+
+def of_vit(weights: dict) -> dict:
+    """Return those of a classifier's weights that are the network's, by the network's names."""
+    return {k.removeprefix("vit."): t for k, t in weights.items() if k.startswith("vit.")}
 
 
 def pytest_addoption(parser):

@@ -1,23 +1,27 @@
-"""vit.analysis against small cases worked out by hand, and against nn.MultiheadAttention."""
+"""vit.analysis and the measures of draw.py, against cases by hand and nn.MultiheadAttention."""
 
 import math
 
+import draw
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit import ViT, analysis
+from vit import Classifier, ViT, analysis
 
 TINY = dict(image_size=16, patch_size=4, embedding_dim=12, num_blocks=3, num_heads=2, mlp_dim=16)
 
 
-def tiny_model(**arguments) -> ViT:
+def tiny_model(**arguments) -> Classifier:
     torch.manual_seed(0)
-    model = ViT(**TINY | dict(drop_rate=0.5) | arguments)
+    model = Classifier(ViT(**TINY | dict(drop_rate=0.5) | arguments), [0.5] * 3, [0.25] * 3)
     for parameter in model.parameters():  # attention far from uniform
         parameter.data += 0.5 * torch.randn_like(parameter)
     return model
+
+
+IMAGES = torch.randint(256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(3)).byte()
 
 
 def random_weights(*shape: int) -> torch.Tensor:
@@ -27,11 +31,11 @@ def random_weights(*shape: int) -> torch.Tensor:
 
 def test_attention_weights_are_those_of_multihead_attention():
     for arguments in (dict(), dict(pool="class_token", final_norm=True)):
-        model, images = tiny_model(**arguments), torch.randn(2, 3, 16, 16)
+        model, images = tiny_model(**arguments), IMAGES
         weights = analysis.attention_weights(model, images)
         assert model.training  # as before, though dropout was off
-        inputs = analysis.inputs_of([block.attention for block in model.blocks], model, images)
-        for block, z, A in zip(model.blocks, inputs, weights, strict=True):
+        inputs = analysis.inputs_of([block.attention for block in model.vit.blocks], model, images)
+        for block, z, A in zip(model.vit.blocks, inputs, weights, strict=True):
             flags = dict(need_weights=True, average_attn_weights=False)
             attention = block.attention.eval()
             torch.testing.assert_close(
@@ -40,10 +44,12 @@ def test_attention_weights_are_those_of_multihead_attention():
 
 
 def test_inputs_of_are_what_the_model_computes_and_leave_no_hooks():
-    model, images = tiny_model().eval(), torch.randn(2, 3, 16, 16)
-    z_0, y = analysis.inputs_of([model.blocks[0], model.head], model, images)
-    torch.testing.assert_close(z_0, model.positions(model.projection(model.patches(images))))
-    torch.testing.assert_close(model.head(y), model(images))
+    model, images = tiny_model().eval(), IMAGES
+    vit = model.vit
+    z_0, y = analysis.inputs_of([vit.blocks[0], vit.head], model, images)
+    x = (images / 255 - 0.5) / 0.25
+    torch.testing.assert_close(z_0, vit.positions(vit.projection(vit.patches(x))))
+    torch.testing.assert_close(vit.head(y), model(images))
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -68,7 +74,7 @@ def test_attention_distance_by_hand():
     right, diagonal = torch.eye(4)[[1, 0, 3, 2]], torch.eye(4)[[3, 2, 1, 0]]
     blocks = torch.stack([torch.stack([right, diagonal]), torch.eye(4).expand(2, 4, 4)])[:, None]
     expected = torch.tensor([[3, 3 * math.sqrt(2)], [0, 0]])
-    torch.testing.assert_close(analysis.attention_distance(blocks, 3), expected)
+    torch.testing.assert_close(draw.attention_distance(blocks, 3), expected)
 
 
 def test_attention_distance_leaves_the_class_token_out():
@@ -76,16 +82,16 @@ def test_attention_distance_leaves_the_class_token_out():
     distances = np.array([[math.dist(a, b) for b in places] for a in places])
     patches = weights[0, 0, 0].numpy()[1:, 1:]
     expected = np.mean((patches * distances).sum(1) / patches.sum(1))
-    np.testing.assert_allclose(analysis.attention_distance(weights, 5), expected, rtol=1e-5)
+    np.testing.assert_allclose(draw.attention_distance(weights, 5), expected, rtol=1e-5)
 
 
 def test_position_similarity_is_1_with_itself_and_0_at_right_angles():
     lengths = torch.tensor([1.0, 2, 0.5, 7]).diag()
-    maps = analysis.position_similarity(lengths)
+    maps = draw.position_similarity(lengths)
     assert maps.shape == (4, 2, 2) and maps.flatten(1).equal(torch.eye(4))
     opposite = torch.tensor([[9.0, 9], [1, 0], [-3, 0], [0, 2], [1, 1]])  # first a class token
     expected = [[1, -1], [0, math.sqrt(0.5)]]
-    torch.testing.assert_close(analysis.position_similarity(opposite)[0], torch.tensor(expected))
+    torch.testing.assert_close(draw.position_similarity(opposite)[0], torch.tensor(expected))
 
 
 def test_filter_components_find_a_planted_component():
@@ -94,5 +100,5 @@ def test_filter_components_find_a_planted_component():
     amounts = 10 * torch.randn(40, 1, generator=generator)
     noise = 0.01 * torch.randn(40, 48, generator=generator)
     offset = 100 * torch.randn(48, generator=generator)  # common to all: no component
-    found = analysis.filter_components(amounts * planted + noise + offset, 2)
+    found = draw.filter_components(amounts * planted + noise + offset, 2)
     assert found.shape == (2, 3, 4, 4) and abs(found[0].flatten() @ planted) > 0.999

@@ -10,8 +10,10 @@ import pytest
 import torch
 from conftest import write_tiny_config
 
+import evaluate
 import train
-from vit import ViT, checkpoint
+import vit
+from vit import Classifier, ViT, checkpoint
 from vit.config import TrainConfig
 from vit.errors import InputError
 from vit.optim import make_optimizers
@@ -46,10 +48,11 @@ def test_a_state_is_finite_only_where_all_of_it_is(optimizer):
     model = ViT(image_size=16, embedding_dim=16, num_blocks=1, mlp_dim=16, num_classes=3)
     rate = 0.02 if optimizer == "muon" else 0.0
     recipe = TrainConfig(optimizer=optimizer, muon_learning_rate=rate)
-    state = checkpoint.TrainState(model, make_optimizers(model, recipe), ema_decay=0.5)
+    classifier = Classifier(model, [0.5] * 3, [0.2] * 3)
+    state = checkpoint.TrainState(classifier, make_optimizers(model, recipe))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    tensors = [state.loss_sum, *model.state_dict().values(), *state.average.state_dict().values()]
+    tensors = [state.loss_sum, *model.state_dict().values()]
     for each in state.optimizers:
         each.step()
         own = [t for s in each.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
@@ -97,10 +100,10 @@ class Malice:
 
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
     victim, path = tmp_path / "created", tmp_path / checkpoint.NAME
-    torch.save({"format": checkpoint.FORMAT, "model": Malice(str(victim))}, path)
+    torch.save({"format": checkpoint.FORMAT, "classifier": Malice(str(victim))}, path)
     refusal(path)
     assert not victim.exists()
-    torch.load(path, weights_only=False)["model"].close()  # it would have worked otherwise
+    torch.load(path, weights_only=False)["classifier"].close()  # it would have worked otherwise
     assert victim.exists()
 
 
@@ -111,9 +114,13 @@ def test_what_is_no_checkpoint_of_this_program_is_refused(copy, tmp_path):
     assert "another program" in refusal(path)
     larger = {"model": saved["config"]["model"] | {"embedding_dim": 32}}
     torch.save(saved | {"config": saved["config"] | larger}, path)
-    assert "do not fit" in refusal(path, checkpoint.load_model)
-    torch.save({key: value for key, value in saved.items() if key != "classes"}, path)
-    assert "classes" in refusal(path, checkpoint.load_model)
+    assert "do not fit" in refusal(path, checkpoint.load_classifier)
+    torch.save(saved | {"format": "vit checkpoint 2"}, path)
+    assert "another version" in refusal(path)
+    for part in checkpoint.RUN_PARTS:
+        for other in ({}, {part: 7.5 if part != "seconds" else "x"}):
+            torch.save({k: v for k, v in saved.items() if k != part} | other, path)
+            assert f"part '{part}' is missing or of another type" in refusal(path)
 
 
 def test_the_checkpoint_before_is_kept_and_offered(folder, copy):
@@ -140,15 +147,20 @@ def test_an_error_while_saving_leaves_the_checkpoint_alone(cause, copy, monkeypa
     assert {f.name for f in copy.parent.iterdir()} <= {checkpoint.NAME, checkpoint.PREVIOUS}
 
 
-def test_published_weights_are_those_evaluated_without_what_trained_them(folder, tmp_path):
-    source, target = folder / checkpoint.NAME, tmp_path / "published.pt"
-    full = checkpoint.load(source)
-    full["average"] = {name: tensor + 1 for name, tensor in full["model"].items()}
-    torch.save(full, tmp_path / "averaged.pt")
-    checkpoint.publish(tmp_path / "averaged.pt", target)
-    model, preprocess, config, classes = checkpoint.load_model(target)
-    assert all(torch.equal(t, full["average"][name]) for name, t in model.state_dict().items())
-    assert (config.data.name, classes) == ("cifar10", full["classes"])
-    assert (preprocess.mean, preprocess.std) == (full["mean"], full["std"])
-    held = {"format", "config", "model", "average", "classes", "mean", "std", "fingerprint", "test"}
-    assert checkpoint.load(target).keys() == held and target.stat().st_size < source.stat().st_size
+def test_exported_weights_are_the_runs_without_what_trained_them(folder, tmp_path, capsys):
+    source, target = folder / checkpoint.NAME, tmp_path / "weights.pt"
+    argv = ["--checkpoint", str(source), "--export", str(target)]
+    assert evaluate.main(argv) == 0
+    assert capsys.readouterr().out == f"{target}: {target.stat().st_size:,} bytes\n"
+    full, exported = checkpoint.load(source), torch.load(target)
+    assert exported.keys() == {"format", "config", "classifier", "classes", "fingerprint", "test"}
+    assert target.stat().st_size < source.stat().st_size / 2
+    images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
+    ours, theirs = (vit.load(path)(images) for path in (target, source))
+    assert torch.equal(ours, theirs) and exported["test"] == full["test"]
+    before = target.read_bytes()
+    assert evaluate.main(argv) == 2 and "exists already" in capsys.readouterr().err
+    assert target.read_bytes() == before
+    resume = ["--resume", str(tmp_path)]
+    (tmp_path / checkpoint.NAME).write_bytes(before)  # weights alone are no run
+    assert train.main(resume) == 2 and "part 'step' is missing" in capsys.readouterr().err

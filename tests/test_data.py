@@ -16,8 +16,9 @@ from conftest import CLASSES, write_image_folder
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from vit.config import DataConfig
-from vit.data import Preprocess, load_dataset
+from vit import Classifier
+from vit.config import DataConfig, TrainConfig
+from vit.data import Batches, Split, load_dataset
 from vit.errors import InputError
 from vit.images import decode
 from vit.shapes import draw_shapes
@@ -43,7 +44,7 @@ def refusal(function, *arguments, **options):
     return str(caught.value)
 
 
-def test_many_files_are_decoded_by_several_processes_in_order(tmp_path):
+def test_many_files_are_decoded_by_several_threads_in_order(tmp_path):
     root = write_image_folder(tmp_path / "many", per_class=4, size=8)
     pixels = np.random.default_rng(1).integers(0, 256, (1053, 8, 8, 3), np.uint8)
     for file in root.glob("test/*/*.png"):
@@ -135,11 +136,18 @@ def test_the_configuration_must_agree_with_the_data(image_folder):
         assert np.array_equal(values, expected)
 
 
+def seen_by_the_network(images, mean, std, size):
+    """Return what a classifier gives to its ViT, which here returns it."""
+    network = torch.nn.Identity()
+    network.image_size = size
+    return Classifier(network, mean, std)(images)
+
+
 def test_the_normalisation_is_numpys_or_that_of_imagenet(image_folder):
     data = load_folder(image_folder, val_fraction=0.5)
     x = data.train.images.numpy() / 255
     expected = (x - x.mean((0, 2, 3), keepdims=True)) / x.std((0, 2, 3), keepdims=True)
-    result = Preprocess(data.mean, data.std, 16)(data.train.images)
+    result = seen_by_the_network(data.train.images, data.mean, data.std, 16)
     np.testing.assert_allclose(result, expected, atol=2e-6)
     theirs = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.transforms()
     data = load_folder(image_folder, normalization="imagenet")
@@ -149,7 +157,7 @@ def test_the_normalisation_is_numpys_or_that_of_imagenet(image_folder):
 def test_images_are_kept_at_their_own_size_and_a_batch_is_enlarged_as_pillow_would(image_folder):
     images = load_dataset(DataConfig("image_folder", image_folder, image_size=8), 28, 3).val.images
     assert images.shape[1:] == (3, 8, 8) and images.dtype == torch.uint8
-    enlarged = Preprocess([0.0] * 3, [1.0] * 3, 28)(images)
+    enlarged = seen_by_the_network(images, [0.0] * 3, [1.0] * 3, 28)
     for channel, values in zip(images.flatten(0, 1), enlarged.flatten(0, 1), strict=True):
         exact = Image.fromarray(channel.float().numpy())  # in floating point
         expected = np.asarray(exact.resize((28, 28), Image.Resampling.BILINEAR)) / 255
@@ -166,6 +174,24 @@ def test_the_fingerprint_is_sha256_of_every_image_and_label_in_order(image_folde
         sha.update(values.tobytes())
     data = load_folder(image_folder, val_fraction=0.2, split_seed=7)
     assert data.fingerprint == sha.hexdigest()
+
+
+def test_batches_are_every_image_once_in_another_order_each_epoch_from_any_batch_on():
+    split = Split(torch.arange(23)[:, None, None, None].repeat(1, 3, 2, 2).byte(), torch.arange(23))
+    batches = Batches(split, TrainConfig(batch_size=5, seed=4))
+    orders = []
+    for epoch in range(3):
+        found = list(batches.of(epoch))
+        assert [len(labels) for _, labels in found] == [5] * 4 == [5] * len(batches)
+        assert all((images == labels[:, None, None, None]).all() for images, labels in found)
+        orders.append(torch.cat([labels for _, labels in found]).tolist())
+        assert len({*orders[-1]}) == 20
+        for skip in range(5):
+            rest = [labels.tolist() for _, labels in batches.of(epoch, skip)]
+            assert rest == [labels.tolist() for _, labels in found[skip:]]
+    assert orders[0] != orders[1] != orders[2]
+    another = Batches(split, TrainConfig(batch_size=5, seed=5)).of(0)
+    assert torch.cat([labels for _, labels in another]).tolist() != orders[0]
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ import torch
 from conftest import write_tiny_config
 
 import train
-from vit import ViT, checkpoint
+from vit import Classifier, ViT, checkpoint
+from vit.augment import augment, cutmix
 from vit.config import TrainConfig
-from vit.data import Preprocess, Split
+from vit.data import Split
 from vit.distributed import RANK, WORLD_SIZE, processes, share
 from vit.evaluation import evaluate
 from vit.optim import make_optimizers
@@ -24,33 +25,47 @@ ROOT = Path(train.__file__).parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def train_ten_steps(optimizer: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the weights after 10 steps of 12 images in 2 parts, without augmentation, dropout."""
+def mix(images: torch.Tensor, targets: torch.Tensor, _) -> tuple[torch.Tensor, torch.Tensor]:
+    """CutMix with given boxes within each of two shares, in one process or in two."""
+    images, targets = images.clone(), targets.clone()
+    shares = range(2) if WORLD_SIZE == 1 else [RANK]
+    for i in shares:
+        boxes = torch.tensor([[2 + i, 4, 9, 12 + i]] * 6).T  # left, top, right, bottom
+        own = slice(i, None, 2) if WORLD_SIZE == 1 else slice(None)
+        images[own], targets[own] = cutmix(images[own], targets[own], boxes)
+    return images, targets
+
+
+def train_ten_steps(
+    optimizer: str, dtype: torch.dtype, with_teacher: bool = False, with_cutmix: bool = False
+) -> dict[str, torch.Tensor]:
+    """Return the weights after 10 steps of 12 images in 2 parts, without dropout, crops, flips."""
+    train.augment = mix if with_cutmix else augment
+    teacher = None
+    if with_teacher:
+        torch.manual_seed(5)
+        vit = ViT(image_size=16, embedding_dim=32, mlp_dim=16, drop_rate=0.0)
+        teacher = Classifier(vit, [0.4] * 3, [0.3] * 3).requires_grad_(False)
     rate = 0.02 if optimizer == "muon" else 0.0
     keys = dict(accumulation_steps=2, crop_padding=0, horizontal_flip=False)
     recipe = TrainConfig(optimizer=optimizer, muon_learning_rate=rate, **keys)
     torch.manual_seed(RANK)  # unequal weights, which the first process's must replace
-    model = ViT(image_size=16, embedding_dim=16, mlp_dim=16, drop_rate=0.0).to(dtype)
-    preprocess = Preprocess([0.5] * 3, [0.2] * 3, 16).to(dtype)
-    state = checkpoint.TrainState(model, make_optimizers(model, recipe))
-    loss_of = train.batch_loss if dtype == torch.float32 else loss_in_float64
+    vit = ViT(image_size=16, embedding_dim=16, mlp_dim=16, drop_rate=0.0)
+    classifier = Classifier(vit, [0.5] * 3, [0.2] * 3).to(dtype)
+    state = checkpoint.TrainState(classifier, make_optimizers(vit, recipe))
     generator = torch.Generator().manual_seed(1)
     for _ in range(10):
         images = torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8, generator=generator)
         labels = torch.randint(10, (12,), generator=generator)
-        train.training_step(state, share(images), share(labels), recipe, preprocess, loss_of)
-    return model.state_dict()
-
-
-def loss_in_float64(network, images, labels, recipe, preprocess):
-    return torch.nn.functional.cross_entropy(network(preprocess(images)), labels)
+        train.training_step(state, share(images), share(labels), recipe, teacher)
+    return classifier.state_dict()
 
 
 def evaluate_eleven_images() -> tuple[float, float]:
     torch.manual_seed(2)
     split = Split(torch.randint(256, (11, 3, 16, 16), dtype=torch.uint8), torch.arange(11) % 10)
-    model = ViT(image_size=16, embedding_dim=16, mlp_dim=16)
-    return evaluate(model, split, Preprocess([0.5] * 3, [0.2] * 3, 16), "float32")
+    vit = ViT(image_size=16, embedding_dim=16, mlp_dim=16)
+    return evaluate(Classifier(vit, [0.5] * 3, [0.2] * 3), split)
 
 
 def images_of_an_epoch(folder: Path, config: str) -> list[int]:
@@ -66,12 +81,18 @@ def images_of_an_epoch(folder: Path, config: str) -> list[int]:
     return seen
 
 
-CASES = [("sgd", torch.float32), ("adamw", torch.float64), ("muon", torch.float64)]
+CASES = {  # what is trained twice, and how near two processes come to one
+    "sgd": (("sgd", torch.float32), 1e-6),
+    "sgd, teacher": (("sgd", torch.float32, True), 1e-6),
+    "sgd, CutMix": (("sgd", torch.float32, False, True), 1e-6),
+    "adamw": (("adamw", torch.float64), 1e-10),
+    "muon": (("muon", torch.float64), 1e-10),
+}
 
 
 def work(folder: Path, config: str) -> None:
     with processes(torch.device("cpu")):
-        result = {name: train_ten_steps(name, dtype) for name, dtype in CASES}
+        result = {name: train_ten_steps(*keys) for name, (keys, _) in CASES.items()}
         result["eleven"] = evaluate_eleven_images()
         result["epoch"] = images_of_an_epoch(folder, config)
     torch.save(result, folder / f"{WORLD_SIZE}-{RANK}.pt")
@@ -98,13 +119,19 @@ def results(tmp_path_factory, image_folder):
     return {key: torch.load(tmp / f"{name}.pt") for key, name in names.items()}
 
 
-@pytest.mark.parametrize("name, tolerance", [("sgd", 1e-6), ("adamw", 1e-10), ("muon", 1e-10)])
-def test_ten_steps_of_two_processes_give_the_weights_of_one(name, tolerance, results):
+@pytest.mark.parametrize("name", CASES)
+def test_ten_steps_of_two_processes_give_the_weights_of_one(name, results):
     # Adam turns the rounding noise of the key bias, whose exact gradient is 0, into full steps:
     # only float64 tells it from an error.
     for rank in ("rank 0", "rank 1"):
         for key, tensor in results["one"][name].items():
-            assert (tensor - results[rank][name][key]).abs().max() < tolerance, key
+            assert (tensor - results[rank][name][key]).abs().max() < CASES[name][1], key
+
+
+def test_the_teacher_and_cutmix_mattered(results):
+    plain = results["one"]["sgd"]
+    for name in "sgd, teacher", "sgd, CutMix":
+        assert any((t - plain[k]).abs().max() > 1e-3 for k, t in results["one"][name].items())
 
 
 def test_every_image_is_used_once_in_an_epoch_and_in_an_evaluation(results):

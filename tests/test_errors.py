@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+import evaluate
+import train
+from vit import ViT, checkpoint
 from vit.errors import InputError, Stopped, one_line_errors
 
 
@@ -38,3 +41,29 @@ def test_an_error_of_the_program_keeps_its_traceback_and_help_its_exit():
         with pytest.raises(type(error)) as caught:
             run(error)
         assert caught.value is error
+
+
+@pytest.mark.parametrize("bug", [KeyError, AttributeError, TypeError, IndexError])
+def test_a_bug_in_the_model_or_in_taking_up_a_state_is_never_shown_as_a_users_mistake(
+    bug, run_train, tmp_path, monkeypatch, capsys
+):
+    def planted(*_, **__):
+        raise bug("planted")
+
+    assert run_train()[0] == 0
+    path = str(tmp_path / "run" / checkpoint.NAME)
+    resume, use = ["--resume", str(tmp_path / "run")], ["--checkpoint", path]
+    fresh = ["--config", str(tmp_path / "tiny.yaml"), "--run_dir", str(tmp_path / "new")]
+    start = ["--config", str(tmp_path / "tiny.yaml"), "--run_dir", str(tmp_path / "other")]
+    for owner, name, calls in (
+        (ViT, "forward", [(train.main, fresh), (evaluate.main, use)]),
+        (torch.nn.Module, "load_state_dict", [(train.main, resume), (evaluate.main, use)]),
+        (torch.nn.Module, "load_state_dict", [(train.main, [*start, "--train.init_from", path])]),
+        (checkpoint.TrainState, "load_state_dict", [(train.main, resume)]),
+        (torch.optim.Optimizer, "load_state_dict", [(train.main, resume)]),
+    ):
+        for main, argv in calls:
+            with monkeypatch.context() as patch, pytest.raises(bug, match="planted"):
+                patch.setattr(owner, name, planted)
+                main(argv)
+    assert "Traceback" not in capsys.readouterr().err  # Python itself prints it, from the shell

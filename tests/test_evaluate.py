@@ -33,8 +33,9 @@ def test_the_script_prints_json_that_agrees_with_the_training_run_and_numpy(file
     for key, value in saved["test"].items():
         assert result[f"test_{key}"] == pytest.approx(value, rel=1e-5)
     # From the files to the figures without the project's data and evaluation code.
-    model = checkpoint.load_model(file)[0].eval()
-    mean, std = (np.array(saved[name])[:, None, None] for name in ("mean", "std"))
+    classifier = checkpoint.load_classifier(file)[0]
+    model = classifier.vit.eval()
+    mean, std = classifier.mean.double().numpy(), classifier.std.double().numpy()
     hits, losses = {}, []
     for label, name in enumerate(CLASSES):
         images = [np.asarray(Image.open(f)) for f in (image_folder / "test" / name).iterdir()]
@@ -113,8 +114,8 @@ def test_images_of_any_kind_are_classified_as_their_pixels_are(file, tmp_path, c
     assert evaluate.main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {*found} == {str(images / name) for name in shown}
-    saved, model = checkpoint.load(file), checkpoint.load_model(file)[0].eval()
-    mean, std = (np.array(saved[name]) for name in ("mean", "std"))
+    classifier = checkpoint.load_classifier(file)[0].eval()
+    mean, std = (t.double().numpy().ravel() for t in (classifier.mean, classifier.std))
     for name, (_, expected) in shown.items():
         pixels = np.asarray(
             expected.convert("RGB") if isinstance(expected, Image.Image) else expected
@@ -122,7 +123,7 @@ def test_images_of_any_kind_are_classified_as_their_pixels_are(file, tmp_path, c
         x = torch.tensor(
             ((pixels / 255 - mean) / std).transpose(2, 0, 1)[None], dtype=torch.float32
         )
-        logits = model(x).detach().double().numpy()[0]
+        logits = classifier.vit(x).detach().double().numpy()[0]
         likely = dict(zip(CLASSES, np.exp(logits) / np.exp(logits).sum(), strict=True))
         top = found[str(images / name)]  # 3 classes, since there are no 5
         assert top == pytest.approx(likely, abs=0.01), name
@@ -144,7 +145,7 @@ def test_what_cannot_be_evaluated_is_one_line_and_exit_code_2(file, tmp_path, ca
     Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
     for options, message in (
         ({"--checkpoint": tmp_path / "no.pt"}, f"{tmp_path}/no.pt: no such file"),
-        ({"--checkpoint": tmp_path / "file"}, f"{tmp_path}/file: not a checkpoint"),
+        ({"--checkpoint": tmp_path / "file"}, f"{tmp_path}/file: cannot be read as a checkpoint"),
         ({"--data.root": "no/such"}, "no/such/train: "),
         ({"--data.root": other}, f"data.root {other}: the checkpoint's class bee"),
         ({"--figures": tmp_path / "file" / "x"}, f"{tmp_path}/file/x: "),
@@ -152,7 +153,7 @@ def test_what_cannot_be_evaluated_is_one_line_and_exit_code_2(file, tmp_path, ca
         ({"--images": tmp_path / "empty"}, f"--images {tmp_path}/empty: no image"),
         ({"--images": tmp_path / "none"}, f"{tmp_path}/none: not a readable image"),
         ({"--images": tmp_path / "bomb.png"}, f"{tmp_path}/bomb.png: not a readable image"),
-        ({"--images": tmp_path / "empty", "--split": "val"}, "--split does not go with --images"),
+        ({"--images": tmp_path / "bomb.png", "--split": "val"}, "--images does not go with"),
     ):
         options = {"--checkpoint": file, "--device": "cpu"} | options
         code = evaluate.main([str(word) for option in options.items() for word in option])

@@ -4,23 +4,23 @@ import numpy as np
 import pytest
 import torch
 
-from vit import ViT
-from vit.data import IMAGENET, Preprocess, Split
+from vit import Classifier, ViT
+from vit.data import IMAGENET, Split
 from vit.evaluation import confusion_matrix, evaluate, loss_and_accuracy, predict
 
 
 def test_a_split_is_evaluated_without_dropout_and_every_image_counts_once():
     torch.manual_seed(0)
-    model, preprocess = ViT(drop_rate=0.9).train(), Preprocess(*IMAGENET, 32)
+    model = Classifier(ViT(drop_rate=0.9), *IMAGENET).train()
     images = torch.randint(256, (1010, 3, 32, 32), dtype=torch.uint8)  # the last batch is smaller
     labels = torch.randint(10, (1010,))
-    logits = predict(model, images, preprocess, "float32")
-    loss, accuracy = evaluate(model, Split(images, labels), preprocess, "float32")
+    logits = predict(model, images)
+    loss, accuracy = evaluate(model, Split(images, labels))
     assert all(module.training for module in model.modules())
     assert logits.shape == (1010, 10) and not logits.requires_grad
     model.eval()
     for i in (0, 999, 1000, 1009):
-        expected = model(preprocess(images[i : i + 1]))
+        expected = model(images[i : i + 1])
         torch.testing.assert_close(logits[i : i + 1], expected, atol=1e-5, rtol=1e-4)
     assert (loss, accuracy) == pytest.approx(loss_and_accuracy(logits, labels), rel=1e-6)
 
@@ -30,7 +30,7 @@ def test_a_batch_of_predict_has_at_most_16000_tokens():
     batches = []
     model.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
     images = torch.zeros(500, 3, 32, 32, dtype=torch.uint8)
-    predict(model, images, Preprocess(*IMAGENET, 32), "float32")
+    predict(Classifier(model, *IMAGENET), images)
     assert batches == [246, 246, 8]
 
 

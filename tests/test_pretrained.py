@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import write_tiny_config
+from conftest import of_vit, write_tiny_config
 from PIL import Image
 from torchvision.models.vision_transformer import VisionTransformer
 
 import train
-from vit import PAPER, ViT, checkpoint
+from vit import PAPER, Classifier, ViT, checkpoint
+from vit.data import IMAGENET
 from vit.errors import InputError
 from vit.pretrained import from_torchvision, load_pretrained, resize_positions
 
@@ -75,7 +76,7 @@ def test_logits_equal_torchvisions_to_the_last_decimal(theirs, ours):
 
 @pytest.fixture(scope="module")
 def weights_file(tmp_path_factory):
-    """A file of a small torchvision model, with the older names that the published files have."""
+    """A file of a small torchvision model, with the older names that the reported files have."""
     weights, path = random_torchvision(**SMALL).state_dict(), tmp_path_factory.mktemp("w") / "w.pth"
     for new, old in (("mlp.0", "mlp.linear_1"), ("mlp.3", "mlp.linear_2")):
         weights = {name.replace(new, old): tensor for name, tensor in weights.items()}
@@ -95,11 +96,12 @@ def test_resizing_equals_pillows_bicubic_and_leaves_the_class_token(new):
 
 
 def test_another_resolution_and_number_of_classes(weights_file, tmp_path):
-    trained, averaged = (ViT(**OURS_SMALL).state_dict() for _ in range(2))
-    checkpoint.save({"model": trained, "average": averaged}, tmp_path)
+    vit = ViT(**OURS_SMALL)
+    parts = {"classifier": Classifier(vit, *IMAGENET).state_dict(), "config": {}, "classes": []}
+    checkpoint.save(parts | {"fingerprint": ""}, tmp_path)
     for path, expected in (
         (weights_file, from_torchvision(torch.load(weights_file))),
-        (tmp_path / checkpoint.NAME, averaged),  # a checkpoint of our own
+        (tmp_path / checkpoint.NAME, vit.state_dict()),  # a checkpoint of our own
     ):
         model = ViT(**OTHER)
         load_pretrained(model, str(path))
@@ -189,9 +191,10 @@ def test_train_starts_from_the_weights_and_resumes_without_the_file(
     assert train.main(argv) == 0
     expected = ViT(**OTHER)
     load_pretrained(expected, str(weights_file))
-    assert all(torch.equal(saved_weights[0][n], t) for n, t in expected.state_dict().items())
+    first = of_vit(saved_weights[0])
+    assert all(torch.equal(first[n], t) for n, t in expected.state_dict().items())
     weights.unlink()
     assert train.main(["--resume", str(run)]) == 0
-    model, preprocess, config, _ = checkpoint.load_model(run / checkpoint.NAME)
-    assert model.image_size == preprocess.image_size == 40 and config.data.image_size == 16
-    assert preprocess.mean[0] == 0.485
+    classifier, config, _ = checkpoint.load_classifier(run / checkpoint.NAME)
+    assert classifier.vit.image_size == 40 and config.data.image_size == 16
+    assert classifier.mean[0].item() == pytest.approx(0.485)

@@ -33,7 +33,7 @@ def exactly(content):
 
 
 def assert_same_outcome(run_dir, undisturbed):
-    """Weights, optimiser state, averaged weights, metrics: everything a checkpoint holds."""
+    """Weights, optimiser state, metrics: everything a checkpoint holds."""
     a, b = (exactly(checkpoint.load(d / checkpoint.NAME)) for d in (run_dir, undisturbed))
     assert [key for key in a.keys() | b.keys() if a[key] != b[key]] == []
     tables = [(d / "metrics.csv").read_text().splitlines() for d in (run_dir, undisturbed)]
@@ -51,11 +51,14 @@ def run_undisturbed(folder, image_folder, **train_keys):
 
 
 RECIPES = {
-    "adamw, averaged": {"ema_decay": 0.9, "schedule": "cosine", "warmup_fraction": 0.3},
+    "adamw": {"schedule": "cosine", "warmup_fraction": 0.3},
     "muon": {"optimizer": "muon", "muon_learning_rate": 0.02, "label_smoothing": 0.1},
     "mixed": {"cutmix": 0.5},
     "adam": {"optimizer": "adam"},
     "sgd, in parts": {"optimizer": "sgd", "accumulation_steps": 2, "clip_norm": 0.1},
+    "bfloat16": {"precision": "bfloat16"},
+    "compiled": {"execution": "compiled"},
+    "taught": {"teacher": "PATH", "cutmix": 0.5},
 }
 
 
@@ -63,7 +66,11 @@ RECIPES = {
 def test_a_run_stopped_by_signals_continues_bit_for_bit(
     recipe, tmp_path, image_folder, monkeypatch, capsys
 ):
-    argv, undisturbed = run_undisturbed(tmp_path, image_folder, **RECIPES[recipe])
+    keys = dict(RECIPES[recipe])
+    if "teacher" in keys:
+        keys["teacher"] = run_undisturbed(tmp_path, image_folder)[1] / checkpoint.NAME
+        keys["teacher"] = keys["teacher"].parent.rename(tmp_path / "teacher") / checkpoint.NAME
+    argv, undisturbed = run_undisturbed(tmp_path, image_folder, **keys)
     run_dir, calls, step = tmp_path / "run", [], train.training_step
     argv = [*argv, str(run_dir)]
 
@@ -121,7 +128,9 @@ def test_what_a_finished_run_can_be_resumed_with(tmp_path, image_folder, capsys)
     for flags in ([], ["--data.root", str(moved), "--train.device", "cpu"]):
         assert train.main([*resume, *flags]) == 0
         assert capsys.readouterr().out.splitlines() == summary
-    refused = {f"data.root {other}: not the images that": ["--data.root", str(other)]}
+    refused = {
+        f"data.root {other}: {run_dir}: began with other images": ["--data.root", str(other)]
+    }
     refused |= {flag: [flag, "3"] for flag in ("--train.epochs", "--config", "--run_dir")}
     for message, flags in refused.items():
         assert train.main([*resume, *flags]) == 2
@@ -131,13 +140,16 @@ def test_what_a_finished_run_can_be_resumed_with(tmp_path, image_folder, capsys)
     saved = checkpoint.load(path)
     torch.save({key: value for key, value in saved.items() if key != "optimizers"}, path)
     assert train.main(resume) == 2
+    assert f"{path}: its part 'optimizers' is missing" in capsys.readouterr().err
+    torch.save(saved | {"optimizers": []}, path)
+    assert train.main(resume) == 2
     assert f"{path}: does not fit" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory, image_folder):
     """A run of 36 steps that saves after each of them, undisturbed, and its seconds."""
-    keys = {"epochs": 6, "ema_decay": 0.9, "checkpoint_minutes": 1e-9}
+    keys = {"epochs": 6, "checkpoint_minutes": 1e-9}
     started = time.monotonic()
     argv, undisturbed = run_undisturbed(tmp_path_factory.mktemp("long"), image_folder, **keys)
     return argv, undisturbed, time.monotonic() - started

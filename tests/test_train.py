@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, write_image_folder
+from conftest import ROOT, of_vit, write_image_folder
 
 import train
 import vit.run
@@ -20,7 +20,7 @@ COLUMNS += ["images_per_second", "seconds"]
 
 
 def weights(run_dir):
-    return checkpoint.load(run_dir / checkpoint.NAME)["model"]
+    return checkpoint.load(run_dir / checkpoint.NAME)["classifier"]
 
 
 def same(a, b):
@@ -32,8 +32,9 @@ def read_rows(run_dir):
         return list(csv.DictReader(file))
 
 
-def loss_and_accuracy(model, split, mean, std):
+def loss_and_accuracy(classifier, split, mean, std):
     """The same as vit.evaluation's, in one batch and from the pixels on."""
+    model = classifier.vit
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
     with torch.no_grad():
         logits = model.eval()(((split.images / 255.0 - mean) / std).float())
@@ -51,21 +52,21 @@ def test_a_run_writes_its_folder_and_prints_a_summary(run_train, tmp_path):
 
     # The test result is that of the weights in the checkpoint.
     saved = checkpoint.load(run_dir / checkpoint.NAME)
-    model, _, config, _ = checkpoint.load_model(run_dir / checkpoint.NAME)
+    classifier, config, _ = checkpoint.load_classifier(run_dir / checkpoint.NAME)
     data = load_dataset(config.data, 16, 3)
-    loss, accuracy = loss_and_accuracy(model, data.test, data.mean, data.std)
+    loss, accuracy = loss_and_accuracy(classifier, data.test, data.mean, data.std)
     assert saved["test"]["loss"] == pytest.approx(loss, rel=1e-4)
     assert saved["test"]["accuracy"] == pytest.approx(accuracy) and saved["test"]["images"] == 60
 
     lines = out.splitlines()
     assert lines[1].startswith("epoch 2") and f"{float(rows[1]['val_loss']):.5g}" in lines[1]
-    count = sum(tensor.numel() for tensor in saved["model"].values())
+    count = sum(tensor.numel() for tensor in of_vit(saved["classifier"]).values())
     for part in (f"{count:,}", f"{accuracy:.2f} % of 60 images", str(run_dir)):
         assert part in "\n".join(lines[2:])
 
 
 def test_the_written_configuration_reproduces_the_run(run_train, tmp_path):
-    run_train("--train.ema_decay", "0.5", "--model.drop_rate", "0.3")
+    run_train("--model.drop_rate", "0.3")
     argv = ["--config", str(tmp_path / "run/config.yaml"), "--run_dir", str(tmp_path / "again")]
     assert train.main(argv) == 0
     assert same(weights(tmp_path / "run"), weights(tmp_path / "again"))
@@ -89,14 +90,16 @@ def test_a_run_makes_the_steps_of_a_plain_loop(run_train, tmp_path, saved_weight
     assert run_train(*flags)[0] == 0 and torch.are_deterministic_algorithms_enabled()
 
     # An epoch's batches are all training images, each once, and in another order each time.
-    data = load_dataset(checkpoint.load_model(tmp_path / "run" / checkpoint.NAME)[2].data, 16, 3)
+    data = load_dataset(
+        checkpoint.load_classifier(tmp_path / "run" / checkpoint.NAME)[1].data, 16, 3
+    )
     pixels = [image.numpy().tobytes() for images, _ in batches for image in images]
     every = sorted(image.numpy().tobytes() for image in data.train.images)
     assert sorted(pixels[:48]) == sorted(pixels[48:]) == every and pixels[:48] != pixels[48:]
 
     model = ViT(image_size=16, embedding_dim=16, num_blocks=1, mlp_dim=16, num_classes=3)
     model.eval()  # without dropout
-    model.load_state_dict(saved_weights[0])  # before the first step
+    model.load_state_dict(of_vit(saved_weights[0]))  # before the first step
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
@@ -116,7 +119,8 @@ def test_a_run_makes_the_steps_of_a_plain_loop(run_train, tmp_path, saved_weight
             assert float(row["train_loss"]) == pytest.approx(sum(losses[-6:]) / 6, rel=1e-4)
             assert float(row["learning_rate"]) == pytest.approx(rate, rel=1e-5)
     assert min(norms) < 0.5 < max(norms)  # the limit mattered, and not always
-    torch.testing.assert_close(weights(tmp_path / "run"), model.state_dict(), atol=1e-5, rtol=1e-4)
+    trained = of_vit(weights(tmp_path / "run"))
+    torch.testing.assert_close(trained, model.state_dict(), atol=1e-5, rtol=1e-4)
 
 
 # One value of every key that must change the weights; the tiny configuration has another one.
@@ -126,7 +130,7 @@ train.warmup_fraction=0.5 train.label_smoothing=0.1 train.crop_padding=0
 train.horizontal_flip=false train.cutmix=0.5 train.seed=4 train.precision=bfloat16 data.image_size=8
 data.normalization=imagenet data.val_fraction=0.25 data.split_seed=1 model.drop_rate=0"""
 # Those that must not change them here, or that other tests are about.
-NO_EFFECT = {"init_from", "teacher", "device", "execution", "ema_decay", "checkpoint_minutes"}
+NO_EFFECT = {"init_from", "teacher", "device", "execution", "checkpoint_minutes"}
 NO_EFFECT |= {"deterministic", "evaluate_test", "muon_learning_rate"}
 
 
@@ -140,27 +144,6 @@ def test_every_key_of_the_recipe_changes_the_weights(run_train, tmp_path, monkey
     for key, value in effects.items():
         assert run_train(f"--{key}", value, run_dir=key)[0] == 0
         assert not same(weights(tmp_path / key), weights(tmp_path / "plain")), key
-
-
-def test_the_averaged_weights_follow_the_formula_and_are_the_ones_evaluated(
-    run_train, tmp_path, saved_weights
-):
-    flags = ("--train.ema_decay", "0.75", "--train.checkpoint_minutes", "1e-9")
-    flags += ("--train.batch_size", "24", "--train.evaluate_test", "false")
-    run_train(*flags, "--train.epochs", "1")
-    assert checkpoint.load(tmp_path / "run" / checkpoint.NAME)["test"] is None
-    zero, one, two = saved_weights[:3]  # before the first step, after it, after the second
-    model, _, config, _ = checkpoint.load_model(tmp_path / "run" / checkpoint.NAME)
-    for name, average in model.state_dict().items():
-        first = 0.75 * zero[name] + 0.25 * one[name]
-        torch.testing.assert_close(average, 0.75 * first + 0.25 * two[name])
-    assert not same(zero, one) and not same(one, two)
-    data, (row,) = load_dataset(config.data, 16, 3), read_rows(tmp_path / "run")
-    averaged = loss_and_accuracy(model, data.val, data.mean, data.std)
-    model.load_state_dict(two)
-    last = loss_and_accuracy(model, data.val, data.mean, data.std)
-    assert abs(last[0] - averaged[0]) > 1e-3
-    assert float(row["val_loss"]) == pytest.approx(averaged[0], rel=1e-4)
 
 
 def test_a_teacher_gives_the_targets_of_the_very_images_the_student_sees(
@@ -185,14 +168,14 @@ def test_a_teacher_gives_the_targets_of_the_very_images_the_student_sees(
     flags += ("--train.weight_decay", "0", "--train.epochs", "1")
     flags += ("--train.accumulation_steps", "2")  # each part has its own targets
     assert run_train(*flags, "--train.teacher", str(tmp_path / "teacher" / checkpoint.NAME))[0] == 0
-    teacher, normalise, *_ = checkpoint.load_model(tmp_path / "teacher" / checkpoint.NAME)
-    student, own, *_ = checkpoint.load_model(tmp_path / "run" / checkpoint.NAME)
+    teacher, *_ = checkpoint.load_classifier(tmp_path / "teacher" / checkpoint.NAME)
+    student, *_ = checkpoint.load_classifier(tmp_path / "run" / checkpoint.NAME)
     student.load_state_dict(saved_weights[0])
     sgd = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
     for images in seen:
         with torch.no_grad():
-            targets = teacher.eval()(normalise(images)).softmax(1)
-        loss = -(targets * student(own(images)).log_softmax(1)).sum(1).mean()
+            targets = teacher.eval()(images).softmax(1)
+        loss = -(targets * student(images).log_softmax(1)).sum(1).mean()
         sgd.zero_grad()
         loss.backward()
         sgd.step()

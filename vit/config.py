@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, OpenUnitInterval, PositiveInt
 from jsonargparse.typing import restricted_number_type as restricted
 
@@ -68,8 +68,7 @@ class TrainConfig:
         seed: seed of the weights, the order of images, their augmentation and dropout.
         device: auto picks CUDA, else MPS, else the CPU.
         precision: auto is bfloat16 where the device has instructions for it; a run keeps it.
-        execution: of a step: auto is graph (one CUDA graph) on one CUDA device, else eager.
-        ema_decay: evaluate a moving average of the weights with this decay a step; 0 for none.
+        execution: of a step: eager, compiled by torch.compile, or one CUDA graph; auto is eager.
         checkpoint_minutes: save also within an epoch, this many minutes after the last save.
         deterministic: only use kernels that give the same bits each time; slower on CUDA.
         evaluate_test: evaluate the test images once, at the end.
@@ -95,7 +94,6 @@ class TrainConfig:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     execution: Literal["auto", "eager", "compiled", "graph"] = "auto"
-    ema_decay: Fraction = 0.0
     checkpoint_minutes: PositiveNumber = 10.0
     deterministic: bool = False
     evaluate_test: bool = True
@@ -115,31 +113,17 @@ class Config:
     @staticmethod
     def from_dict(sections: dict) -> "Config":
         """Check nested dictionaries and add defaults. Raises InputError, naming the key."""
-        for section, values in sections.items():
-            if not isinstance(values, dict):
-                raise InputError(f"{section}: expected keys and values, got {values}")
-            for key, value in values.items():
-                if value is None:
-                    raise InputError(f"{section}.{key}: null is not a value")
+        _check_sections(sections)
         try:  # through JSON, since its range types are subclasses, which a checkpoint cannot hold
             parser = config_parser()
             parsed = json.loads(parser.dump(parser.parse_object(sections), format="json"))
-            model, data, train = (parsed[section] for section in SECTIONS)
-            with torch.device("meta"):  # no memory, no time: only the checks of ViT itself
-                ViT(**model)
         except ArgumentError as error:
             raise InputError(error) from None
-        except ValueError as error:
-            raise InputError(f"model.{error}") from None
-        except (RuntimeError, TypeError):  # torch's own, for sizes beyond what it can count
-            raise InputError("model: a model of this size cannot be built") from None
-        if data["image_size"] > model["image_size"]:
-            raise InputError("data.image_size is more than model.image_size")
-        if train["batch_size"] % train["accumulation_steps"]:
-            raise InputError("train.accumulation_steps does not divide train.batch_size")
-        if (train["optimizer"] == "muon") != (train["muon_learning_rate"] > 0):
-            raise InputError("train.muon_learning_rate is above 0 with train.optimizer muon alone")
-        return Config(model, DataConfig(**data), TrainConfig(**train))
+        model, data, train = (parsed[section] for section in SECTIONS)
+        _check_model(model)
+        config = Config(model, DataConfig(**data), TrainConfig(**train))
+        _check_contradictions(config)
+        return config
 
     to_dict = dataclasses.asdict  # the nested dictionaries that `from_dict` reads
 
@@ -148,13 +132,50 @@ class Config:
         return config_parser().dump(config_parser().parse_object(self.to_dict()))
 
 
+def _check_sections(sections: dict) -> None:
+    for section, values in sections.items():
+        if not isinstance(values, dict):
+            raise InputError(f"{section}: expected keys and values, got {values}")
+        for key, value in values.items():
+            if value is None:
+                raise InputError(f"{section}.{key}: null is not a value")
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    for key, value in model.items():
+        if type(value) is int and value < 1:
+            raise InputError(f"model.{key} {value} is not positive")
+    if not 0 <= model["drop_rate"] < 1:  # not nan either
+        raise InputError(f"model.drop_rate {model['drop_rate']} is outside [0, 1)")
+    if not 0 < model["norm_eps"] < 1:
+        raise InputError(f"model.norm_eps {model['norm_eps']} is outside (0, 1)")
+    try:
+        with torch.device("meta"):  # no memory, no time: only the checks of ViT itself
+            ViT(**model)
+    except ValueError as error:
+        raise InputError(f"model.{error}") from None
+    except (RuntimeError, TypeError):  # torch's own, for sizes beyond what it can count
+        raise InputError("model: a model of this size cannot be built") from None
+
+
+def _check_contradictions(config: Config) -> None:
+    data, train = config.data, config.train
+    if data.image_size > config.model["image_size"]:
+        raise InputError("data.image_size is more than model.image_size")
+    if train.batch_size % train.accumulation_steps:
+        raise InputError("train.accumulation_steps does not divide train.batch_size")
+    if (train.optimizer == "muon") != (train.muon_learning_rate > 0):
+        raise InputError("train.muon_learning_rate is above 0 with train.optimizer muon alone")
+
+
 @functools.cache  # reading the docstrings takes a tenth of a second
 def config_parser(with_flags: bool = False) -> ArgumentParser:
     """Return a parser of the three sections and, with `with_flags`, of train.py's own flags."""
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
     for section, kind in SECTIONS.items():
         parser.add_class_arguments(kind, section)
-    hide_section_flags(parser)
+    for action in (action for action in parser._actions if action.dest in SECTIONS):
+        action.help = SUPPRESS  # --model FILE and the like, which --config makes superfluous
     if with_flags:
         parser.add_argument("--config", help="YAML file with the sections model, data and train.")
         parser.add_argument("--run_dir", help="Folder of the run; default runs/NAME of the config.")
@@ -163,27 +184,10 @@ def config_parser(with_flags: bool = False) -> ArgumentParser:
     return parser
 
 
-def hide_section_flags(parser: ArgumentParser) -> None:
-    """Leave --model FILE and the like, which --config makes superfluous, out of --help."""
-    for action in (action for action in parser._actions if action.dest in SECTIONS):
-        action.help = SUPPRESS
-
-
-def weights_parser() -> ArgumentParser:
-    """Return a parser of --checkpoint and where its images are, for what uses trained weights."""
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
-    text = "File that train.py wrote, runs/NAME/checkpoint.pt; default the weights that ship."
-    parser.add_argument("--checkpoint", help=text)
-    others = {*DataConfig.__dataclass_fields__} - {"name", "root"}  # they belong to the checkpoint
-    parser.add_class_arguments(DataConfig, "data", skip=others)
-    hide_section_flags(parser)
-    return parser
-
-
-def parse_flags(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
-    """Return the flags given, as nested dictionaries. Raises InputError, naming the flag."""
+def parse_flags(parser: ArgumentParser, argv: list[str], defaults: bool = False) -> Namespace:
+    """Return the flags given, with `defaults` all flags. Raises InputError, naming the flag."""
     try:
-        return parser.parse_args(argv, defaults=False).as_dict()
+        return parser.parse_args(argv, defaults=defaults)
     except ArgumentError as error:
         raise InputError(error) from None
 
@@ -197,8 +201,11 @@ def read_config(flags: dict[str, Any]) -> Config:
         raise InputError(f"--config {file}: no such file")
     try:
         sections = config_parser().parse_path(file, defaults=False).as_dict()
+    except (ArgumentError, ValueError, TypeError, RecursionError) as error:  # of the YAML
+        raise InputError(f"{file}: {error}") from None
+    try:
         return Config.from_dict(sections | {s: sections.get(s, {}) | given[s] for s in given})
-    except (ArgumentError, ValueError, TypeError, RecursionError) as error:
+    except InputError as error:
         where = f"{file} with the flags given" if given else file
         raise InputError(f"{where}: {error}") from None
 

@@ -1,16 +1,17 @@
 """The data sets. Each split is one uint8 tensor (N, 3, S, S), decoded once."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from numpy.random import SeedSequence
+from torch import Tensor
 
-from vit.config import DataConfig
-from vit.distributed import rank_0_first
+from vit.config import DataConfig, TrainConfig
+from vit.distributed import WORLD_SIZE, rank_0_first, share
 from vit.errors import InputError
 from vit.shapes import SHAPES, draw_shapes
 
@@ -22,6 +23,9 @@ class Split(NamedTuple):
 
     images: Tensor
     labels: Tensor
+
+    def to(self, device: torch.device) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -36,22 +40,40 @@ class Dataset:
     std: list[float]
     fingerprint: str  # SHA-256 of all images and labels, in order
 
+    def require(self, fingerprint: str, what: str) -> None:
+        """Raise InputError, naming `what`, where a fingerprint is not that of these images."""
+        if fingerprint != self.fingerprint:
+            raise InputError(f"{what}: began with other images, or with another split of them")
 
-class Preprocess(nn.Module):
-    """Enlarge a batch, uint8 (B, 3, S, S) → float32 (B, 3, H, H), then (x / 255 - mean) / std."""
 
-    def __init__(self, mean: list[float], std: list[float], image_size: int):
-        super().__init__()
-        self.mean, self.std, self.image_size = mean, std, image_size
-        mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-        self.register_buffer("scale", 1 / (255 * std))
-        self.register_buffer("shift", -mean / std)
+class Batches:
+    """A split's batches, in another order each epoch; the last images that fill none are left out.
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = images.float()
-        if x.shape[-2] == x.shape[-1] < self.image_size:  # any other size is the model's to refuse
-            x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear")
-        return torch.addcmul(self.shift, x, self.scale)
+    Of several processes, each gets its share of every batch. Raises InputError for a batch size
+    that the split, the processes or the parts of a step do not allow.
+    """
+
+    def __init__(self, split: Split, recipe: TrainConfig):
+        self.split, self.size, self.seed = split, recipe.batch_size, recipe.seed
+        if self.size % (WORLD_SIZE * recipe.accumulation_steps):
+            fault = f"is not divided by {WORLD_SIZE} processes' parts"
+            raise InputError(f"train.batch_size {self.size} {fault}")
+        if len(self) == 0:
+            fault = f"is more than the {len(split.labels)} training images"
+            raise InputError(f"train.batch_size {self.size} {fault}")
+
+    def __len__(self) -> int:
+        return len(self.split.labels) // self.size
+
+    def of(self, epoch: int, skip: int = 0) -> Iterator[Split]:
+        """Yield the batches of an epoch, from batch `skip` on, on the split's device."""
+        seed = int(SeedSequence((1, self.seed, epoch)).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.split.labels), generator=generator)
+        order = order.to(self.split.labels.device)
+        for i in range(skip, len(self)):
+            batch = share(order[i * self.size : (i + 1) * self.size])
+            yield Split(self.split.images[batch], self.split.labels[batch])
 
 
 def load_dataset(config: DataConfig, image_size: int, num_classes: int) -> Dataset:

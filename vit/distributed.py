@@ -21,11 +21,16 @@ def processes(device: torch.device) -> Iterator[None]:
         return
     on_cuda = device.type == "cuda"
     dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
-    try:
-        yield
-        dist.barrier()  # rank 0 may still be saving
-    finally:
-        dist.destroy_process_group()
+    yield  # an exception leaves from here: NCCL's barrier and destruction may hang after one
+    dist.barrier()  # rank 0 may still be saving
+    dist.destroy_process_group()
+
+
+def another_process_ended(error: BaseException | None) -> bool:
+    """Say whether an error is gloo's or NCCL's, which they raise where another process ended."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
 
 
 @contextlib.contextmanager
@@ -45,7 +50,7 @@ def share(tensor: Tensor) -> Tensor:
 
 def wrap(model: nn.Module) -> nn.Module:
     """Return the model, or one whose gradients are the mean over all processes."""
-    return DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+    return DistributedDataParallel(model, broadcast_buffers=False) if WORLD_SIZE > 1 else model
 
 
 def keep_gradients(network: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:

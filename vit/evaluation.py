@@ -1,44 +1,55 @@
-"""Accuracy of a model on N images and K classes, each image counted exactly once."""
+"""Accuracy of a classifier on N images and K classes, each image counted exactly once."""
 
 import dataclasses
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
-from vit.checkpoint import BEST_WEIGHTS, load_model
+from vit.classifier import BEST_WEIGHTS, Classifier
 from vit.config import Config
-from vit.data import Dataset, Preprocess, Split, load_dataset
+from vit.data import Dataset, Split, load_dataset
 from vit.distributed import share, total
 from vit.errors import InputError
-from vit.model import ViT
 
 
-def load_weights_and_data(flags: dict[str, Any]) -> tuple[ViT, Preprocess, Config, Dataset]:
-    """Load what the flags of `weights_parser` name. Raises InputError where they do not agree."""
-    checkpoint = flags.get("checkpoint", BEST_WEIGHTS)
-    model, preprocess, config, classes = load_model(checkpoint)
-    where = dataclasses.replace(config.data, **flags.get("data", {}))
-    print(f"weights {checkpoint}, data {where.name} in {where.root}", file=sys.stderr)
-    data = load_dataset(where, model.image_size, len(classes))
-    if data.classes != classes:
-        odd = next(a for a, b in zip(classes, data.classes, strict=True) if a != b)
-        raise InputError(f"data.root {where.root}: the checkpoint's class {odd} is not there")
-    return model, preprocess, config, data
+def weights_parser() -> ArgumentParser:
+    """Return a parser of --checkpoint and where its images are, for what uses trained weights."""
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
+    text = "File that train.py wrote, runs/NAME/checkpoint.pt; default the weights that ship."
+    parser.add_argument("--checkpoint", default=str(BEST_WEIGHTS), help=text)
+    kinds, text = Literal["cifar10", "image_folder", "shapes"], "default that of the training."
+    parser.add_argument("--data.name", type=kinds | None, help=f"Data set; {text}")
+    parser.add_argument("--data.root", help=f"Folder of the data set; {text}")
+    return parser
+
+
+def load_data(args: Namespace, config: Config, saved: dict[str, Any]) -> Dataset:
+    """Load the images for a checkpoint. Raises InputError where their classes do not agree."""
+    given = {key: value for key, value in vars(args.data).items() if value is not None}
+    where, classes = dataclasses.replace(config.data, **given), saved["classes"]
+    print(f"weights {args.checkpoint}, data {where.name} in {where.root}", file=sys.stderr)
+    data = load_dataset(where, config.model["image_size"], len(classes))
+    for expected, found in zip(classes, data.classes, strict=True):
+        if expected != found:
+            fault = f"the checkpoint's class {expected} is not there"
+            raise InputError(f"data.root {where.root}: {fault}")
+    return data
 
 
 @torch.no_grad()
-def predict(model: ViT, images: Tensor, preprocess: Preprocess, precision: str) -> Tensor:
-    """Return the float32 logits (N, K) of uint8 images (N, 3, S, S), on the images' device."""
-    was_training = model.training
-    model.eval()
-    parts = images.split(max(1, 16_000 // model.num_tokens))
-    with torch.autocast(images.device.type, torch.bfloat16, precision == "bfloat16"):
-        logits = [model(preprocess(part)).float() for part in parts]
-    model.train(was_training)
-    return torch.cat(logits)
+def predict(classifier: Classifier, images: Tensor) -> Tensor:
+    """Return the logits (N, K) of uint8 images (N, 3, S, S), without dropout."""
+    was_training = classifier.training
+    classifier.eval()
+    device = classifier.mean.device
+    parts = images.split(max(1, 16_000 // classifier.vit.num_tokens))  # memory is bounded
+    logits = torch.cat([classifier(part.to(device)) for part in parts])
+    classifier.train(was_training)
+    return logits
 
 
 def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -50,12 +61,10 @@ def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     return loss_sum / count, 100 * correct / count
 
 
-def evaluate(
-    model: ViT, split: Split, preprocess: Preprocess, precision: str
-) -> tuple[float, float]:
-    """Return a model's `loss_and_accuracy` on a split, of which each process predicts its share."""
-    images, labels = (share(tensor).to(model.head.weight.device) for tensor in split)
-    return loss_and_accuracy(predict(model, images, preprocess, precision), labels)
+def evaluate(classifier: Classifier, split: Split) -> tuple[float, float]:
+    """Return the `loss_and_accuracy` on a split, of which each process predicts its share."""
+    images, labels = map(share, split)
+    return loss_and_accuracy(predict(classifier, images), labels.to(classifier.mean.device))
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """Images from files: a folder for each class, or one image of any size and mode."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 from tqdm import tqdm
@@ -16,17 +16,17 @@ from vit.errors import InputError
 
 def load_folders(root: Path, size: int) -> tuple[tuple, tuple, list[str]]:
     """Return uint8 images (N, 3, size, size) and labels of train and test, or raise InputError."""
-    train, test = (_Folder(root / name, size) for name in ("train", "test"))
-    for odd in sorted({*train.classes} ^ {*test.classes}):
-        raise InputError(f"{root}: class {odd} is in only one of train and test")
-    return train.decode(), test.decode(), train.classes
+    train, test = (_Folder(root / name) for name in ("train", "test"))
+    odd = sorted({*train.classes} ^ {*test.classes})
+    if odd:
+        raise InputError(f"{root}: class {odd[0]} is in only one of train and test")
+    return train.decode(size), test.decode(size), train.classes
 
 
 class _Folder(ImageFolder):
-    """ROOT/CLASS/*.jpg and other images, without hidden files; indexed, it decodes one image."""
+    """ROOT/CLASS/*.jpg and other images, without hidden files."""
 
-    def __init__(self, root: Path, size: int):
-        self.size = size
+    def __init__(self, root: Path):
         try:
             super().__init__(root, is_valid_file=self.is_image)
         except (OSError, ValueError) as error:  # no folder, no classes, a class without images
@@ -40,25 +40,18 @@ class _Folder(ImageFolder):
         parts = Path(path).relative_to(self.root).parts
         return is_image_file(path) and all(part[0] != "." for part in parts)
 
-    def __getitem__(self, index: int) -> Tensor | str:
-        try:
-            return decode(self.samples[index][0], self.size)
-        except InputError as error:  # raised here, it would come with a traceback
-            return str(error)
+    def decode(self, size: int) -> tuple[Tensor, Tensor]:
+        """Decode every image into one tensor, by a thread a core: Pillow releases Python's lock."""
+        images = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
 
-    def decode(self) -> tuple[Tensor, Tensor]:
-        """Decode every image in order, on all cores where that is worth starting processes."""
-        workers = torch.get_num_threads() if len(self) > 1000 else 0
-        loader = DataLoader(self, 256, num_workers=workers, collate_fn=_stack)
-        batches = list(tqdm(loader, "decoding", unit=" batches", leave=False, disable=None))
-        for error in (batch for batch in batches if isinstance(batch, str)):
-            raise InputError(error)
-        return torch.cat(batches), torch.tensor(self.targets)
+        def decode_one(i: int) -> None:
+            images[i] = decode(self.samples[i][0], size)
 
-
-def _stack(images: list[Tensor | str]) -> Tensor | str:
-    """Stack a batch, or return its first error."""
-    return next((x for x in images if isinstance(x, str)), None) or torch.stack(images)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            done = pool.map(decode_one, range(len(self)))
+            for _ in tqdm(done, "decoding", len(self), unit=" images", leave=False, disable=None):
+                pass
+        return images, torch.tensor(self.targets)
 
 
 def decode(path: str | Path, size: int) -> Tensor:

@@ -29,7 +29,7 @@ class Patches(nn.Module):
         p = self.patch_size
         x = images.unfold(2, p, p).unfold(3, p, p)  # (B, C, H/P, W/P, P, P)
         x = x.permute(0, 2, 3, 1, 4, 5)  # (B, H/P, W/P, C, P, P)
-        return x.reshape(x.shape[0], -1, CHANNELS * p * p)
+        return x.flatten(3).flatten(1, 2)  # (B, N, C·P²)
 
 
 class PositionalEmbedding(nn.Module):
@@ -95,8 +95,8 @@ class ViT(nn.Module):
     """Classify images: patches → tokens (Eq. 1) → L blocks (Eq. 2-3) → y → logits (Eq. 4).
 
     The defaults are the 847,626-parameter model; the paper's own are ViT(**PAPER["ViT-B/16"]) and
-    the other four of `PAPER`. Shapes: (B, 3, H, W), normalised → logits (B, K). Raises ValueError,
-    naming the argument, where a number cannot work or an input does not fit.
+    the other four of `PAPER`. Shapes: (B, 3, H, W), normalised → logits (B, K). Raises ValueError
+    where one size does not divide another, AssertionError for images of another shape.
 
     Args:
         image_size: height and width of the input images, in pixels.
@@ -110,8 +110,7 @@ class ViT(nn.Module):
         norm_eps: the epsilon of every LayerNorm, in (0, 1).
         pool: what the head sees: the mean over the patches, or a learned class token.
         final_norm: apply the LayerNorm of Eq. 4 after the last block.
-        positions: add a learned vector to each token, or none (Appendix D.4).
-        position_init: where learned positions start: N(0, 1), or 2-D sines and cosines.
+        positions: learned, starting from N(0, 1) or 2-D sines and cosines; or none (Appendix D.4).
     """
 
     def __init__(
@@ -127,43 +126,30 @@ class ViT(nn.Module):
         norm_eps: float = 1e-5,
         pool: Literal["mean", "class_token"] = "mean",
         final_norm: bool = False,
-        positions: Literal["learned", "none"] = "learned",
-        position_init: Literal["normal", "sincos"] = "normal",
+        positions: Literal["normal", "sincos", "none"] = "normal",
     ):
         super().__init__()
-        sizes = dict(image_size=image_size, patch_size=patch_size, embedding_dim=embedding_dim)
-        sizes |= dict(num_blocks=num_blocks, num_heads=num_heads, mlp_dim=mlp_dim)
-        for name, size in (sizes | dict(num_classes=num_classes)).items():
-            if size < 1:
-                raise ValueError(f"{name} {size} is not positive")
         if image_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}")
         if embedding_dim % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide embedding_dim {embedding_dim}")
-        if not 0 <= drop_rate < 1:  # not nan either
-            raise ValueError(f"drop_rate {drop_rate} is outside [0, 1)")
-        if not 0 < norm_eps < 1:
-            raise ValueError(f"norm_eps {norm_eps} is outside (0, 1)")
-        if pool not in ("mean", "class_token"):
-            raise ValueError(f"pool {pool!r} is neither 'mean' nor 'class_token'")
-        if positions not in ("learned", "none"):
-            raise ValueError(f"positions {positions!r} is neither 'learned' nor 'none'")
-        if position_init not in ("normal", "sincos"):
-            raise ValueError(f"position_init {position_init!r} is neither 'normal' nor 'sincos'")
-        if position_init == "sincos" and embedding_dim % 4:
-            raise ValueError(f"embedding_dim {embedding_dim} is not divided by 4 (position_init)")
+        if positions == "sincos" and embedding_dim % 4:
+            raise ValueError(f"embedding_dim {embedding_dim} is not divided by 4, as sincos needs")
         self.image_size, grid = image_size, image_size // patch_size
         self.num_tokens = grid**2 + (pool == "class_token")
 
         self.patches = Patches(patch_size)
         self.projection = nn.Linear(CHANNELS * patch_size**2, embedding_dim)  # E of Eq. 1
-        self.class_token = None if pool == "mean" else nn.Parameter(torch.zeros(embedding_dim))
+        self.class_token = None
+        if pool == "class_token":
+            self.class_token = nn.Parameter(torch.zeros(embedding_dim))
         self.positions = PositionalEmbedding(self.num_tokens, embedding_dim)
         if positions == "none":
             self.positions = nn.Identity()
-        elif position_init == "sincos":  # a class token's row stays as it is
-            start = sincos_positions(grid, embedding_dim)
-            self.positions.embedding.weight.data[-len(start) :] = start
+        elif positions == "sincos":  # a class token's row stays as it is
+            self.positions.embedding.weight.data[-(grid**2) :] = sincos_positions(
+                grid, embedding_dim
+            )
         block = embedding_dim, num_heads, mlp_dim, drop_rate, norm_eps
         self.blocks = nn.Sequential(*(EncoderBlock(*block) for _ in range(num_blocks)))
         self.norm = nn.LayerNorm(embedding_dim, norm_eps) if final_norm else nn.Identity()
@@ -171,29 +157,29 @@ class ViT(nn.Module):
         self.head = nn.Linear(embedding_dim, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        size = self.image_size
-        if images.shape[1:] != (CHANNELS, size, size):
-            expected = f"(B, {CHANNELS}, {size}, {size})"
-            raise ValueError(f"images must have shape {expected}, got {tuple(images.shape)}")
+        shape = CHANNELS, self.image_size, self.image_size
+        torch._assert(images.shape[1:] == shape, f"images must have shape (B, *{shape})")
         x = self.projection(self.patches(images))  # Eq. 1: x_p E, (B, N, D)
         if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)  # (B, N + 1, D)
+            x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)  # (B, N + 1, D)
         z = self.positions(x)  # z₀, (B, S, D)
         z = self.norm(self.blocks(z))  # LN(z_L), (B, S, D)
         y = z.mean(dim=1) if self.class_token is None else z[:, 0]  # Eq. 4, (B, D)
         return self.head(self.dropout(y))  # (B, K)
 
 
+def _table_1(patch_size, num_blocks, embedding_dim, mlp_dim, num_heads) -> dict:
+    sizes = dict(patch_size=patch_size, num_blocks=num_blocks, embedding_dim=embedding_dim)
+    sizes |= dict(mlp_dim=mlp_dim, num_heads=num_heads, image_size=224, num_classes=1000)
+    return sizes | dict(drop_rate=0.0, norm_eps=1e-6, pool="class_token", final_norm=True)
+
+
 # Table 1 of the paper, at 224 px and with ImageNet's 1000 classes. Dropout is not part of it.
-_ALL = dict(image_size=224, num_classes=1000, drop_rate=0.0, norm_eps=1e-6)
-_ALL |= dict(pool="class_token", final_norm=True)
-_BASE = _ALL | dict(num_blocks=12, embedding_dim=768, mlp_dim=3072, num_heads=12)
-_LARGE = _ALL | dict(num_blocks=24, embedding_dim=1024, mlp_dim=4096, num_heads=16)
-_HUGE = _ALL | dict(num_blocks=32, embedding_dim=1280, mlp_dim=5120, num_heads=16)
 PAPER = {
-    "ViT-B/16": _BASE | dict(patch_size=16),
-    "ViT-B/32": _BASE | dict(patch_size=32),
-    "ViT-L/16": _LARGE | dict(patch_size=16),
-    "ViT-L/32": _LARGE | dict(patch_size=32),
-    "ViT-H/14": _HUGE | dict(patch_size=14),
+    #                    P   L     D   MLP   k
+    "ViT-B/16": _table_1(16, 12, 768, 3072, 12),
+    "ViT-B/32": _table_1(32, 12, 768, 3072, 12),
+    "ViT-L/16": _table_1(16, 24, 1024, 4096, 16),
+    "ViT-L/32": _table_1(32, 24, 1024, 4096, 16),
+    "ViT-H/14": _table_1(14, 32, 1280, 5120, 16),
 }

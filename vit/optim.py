@@ -38,28 +38,38 @@ class Muon(Optimizer):
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Bring all singular values of (n, rows, columns) near 1 by 5 Newton-Schulz steps, bfloat16."""
     is_tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.bfloat16().mT if is_tall else matrices.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
+    X = matrices.bfloat16()
+    X = X.mT.contiguous() if is_tall else X  # the smaller of X Xᵀ and Xᵀ X
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
+    a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
-        gram = x @ x.mT
-        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, gram, x, beta=3.4445)
-    return x.mT if is_tall else x
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A²
+        X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
+    return X.mT.contiguous() if is_tall else X
 
 
-def make_optimizers(model: ViT, recipe: TrainConfig) -> list[Optimizer]:
+def make_optimizers(vit: ViT, recipe: TrainConfig) -> list[Optimizer]:
     """Return the recipe's optimisers; "muon" is Muon for the blocks' matrices, AdamW for others."""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    held = {*matrices} if recipe.optimizer == "muon" else set()
-    rest = _group([p for p in model.parameters() if p not in held], recipe.learning_rate)
+    parameters = list(vit.parameters())
     options = dict(weight_decay=recipe.weight_decay, fused=True)
-    if recipe.optimizer == "sgd":
-        return [SGD(rest, momentum=0.9, **options)]
-    others = (Adam if recipe.optimizer == "adam" else AdamW)(rest, **options)
-    if recipe.optimizer != "muon":
-        return [others]
-    defaults = dict(weight_decay=recipe.weight_decay, momentum=0.95)
-    return [Muon(_group(matrices, recipe.muon_learning_rate), defaults), others]
+    # Adam's step number on the device too, so that a CUDA graph can count it.
+    adam = options | dict(capturable=parameters[0].is_cuda)
+    match recipe.optimizer:
+        case "sgd":
+            return [SGD(_group(parameters, recipe.learning_rate), momentum=0.9, **options)]
+        case "adam":
+            return [Adam(_group(parameters, recipe.learning_rate), **adam)]
+        case "adamw":
+            return [AdamW(_group(parameters, recipe.learning_rate), **adam)]
+        case "muon":
+            matrices = [p for p in vit.blocks.parameters() if p.ndim == 2]
+            others = [p for p in parameters if all(p is not matrix for matrix in matrices)]
+            defaults = dict(weight_decay=recipe.weight_decay, momentum=0.95)
+            return [
+                Muon(_group(matrices, recipe.muon_learning_rate), defaults),
+                AdamW(_group(others, recipe.learning_rate), **adam),
+            ]
 
 
 def _group(parameters: list[Tensor], rate: float) -> list[dict]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vit.checkpoint import read_verified
+from vit.checkpoint import WEIGHTS_PARTS, load, read_verified
 from vit.errors import InputError
 from vit.model import ViT
 
@@ -59,41 +59,56 @@ def resize_positions(positions: Tensor, num_tokens: int, class_tokens: int) -> T
     return torch.cat([special.float(), grid.flatten(1).T])
 
 
-def load_pretrained(model: ViT, source: str) -> None:
+def load_pretrained(vit: ViT, source: str) -> None:
     """Put weights into a model: torchvision's, by one of its names or from a file, or our own.
 
     Positions of another resolution are resized, and a head of other classes replaced by zeros
     (Section 3.2). Raises InputError, naming the source and the keys that differ.
     """
-    own, done = model.state_dict(), [f"weights of {source}"]
+    own, changes = vit.state_dict(), [f"weights of {source}"]
     try:
         weights = from_torchvision(_read(source))
-        old, tokens = weights.get(POSITIONS), model.num_tokens
+        old, tokens = weights.get(POSITIONS), vit.num_tokens
         if old is not None and len(old) != tokens:
-            done.append(f"positions resized from {len(old)} tokens to {tokens}")
+            changes.append(f"positions resized from {len(old)} tokens to {tokens}")
             weights[POSITIONS] = resize_positions(old, tokens, int("class_token" in weights))
         if HEAD in weights and len(weights[HEAD]) != len(own[HEAD]):
-            done.append(f"head of {len(weights[HEAD])} classes replaced by zeros")
+            changes.append(f"head of {len(weights[HEAD])} classes replaced by zeros")
             weights |= {k: torch.zeros_like(own[k]) for k in (HEAD, "head.bias") if k in weights}
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise ValueError("they are not finite")
-        model.load_state_dict(weights, strict=True)
-    except Exception as error:  # a damaged or foreign file raises almost anything
-        fault = str(error) or type(error).__name__
-        raise InputError(f"train.init_from {source}: {fault:.500}") from None
-    print(", ".join(done), file=sys.stderr, flush=True)
+        vit.load_state_dict(weights, strict=True)
+    except (ValueError, RuntimeError) as error:  # ours, and torch's of keys and sizes that differ
+        raise InputError(f"train.init_from {source}: {error!s:.500}") from None
+    print(", ".join(changes), file=sys.stderr, flush=True)
 
 
 def _read(source: str) -> dict[str, Tensor]:
     if not Path(source).is_file():
-        from torchvision.models import get_model_weights, list_models  # slow to import
+        return _download(source)
+    if zipfile.is_zipfile(source):
+        weights = read_verified(Path(source))
+    else:  # torch's format before version 1.6 holds no checksums
+        try:
+            weights = torch.load(source, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises almost anything for a damaged file
+            raise ValueError(str(error) or type(error).__name__) from None
+    if isinstance(weights, dict) and "format" in weights:  # of our own
+        prefix, weights = "vit.", load(Path(source), WEIGHTS_PARTS)["classifier"]
+        weights = {k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)}
+    if not isinstance(weights, dict) or not all(torch.is_tensor(t) for t in weights.values()):
+        raise ValueError("no dictionary of tensors")
+    return weights
 
-        names = list_models(include="vit_*")
-        if source not in names:
-            raise ValueError(f"no such file, and none of torchvision's {', '.join(names)}")
-        safe = dict(check_hash=True, map_location="cpu", weights_only=True)  # runs no code in it
-        return get_model_weights(source).DEFAULT.get_state_dict(**safe)
-    if not zipfile.is_zipfile(source):  # torch's format before version 1.6 holds no checksums
-        return torch.load(source, map_location="cpu", weights_only=True)
-    saved = read_verified(source)
-    return (saved["average"] or saved["model"]) if "format" in saved else saved
+
+def _download(name: str) -> dict[str, Tensor]:
+    from torchvision.models import get_model_weights, list_models  # slow to import
+
+    names = list_models(include="vit_*")
+    if name not in names:
+        raise ValueError(f"no such file, and none of torchvision's {', '.join(names)}")
+    safe = dict(check_hash=True, map_location="cpu", weights_only=True)  # runs no code in it
+    try:
+        return get_model_weights(name).DEFAULT.get_state_dict(**safe)
+    except OSError as error:  # of the network or the disk
+        raise ValueError(error) from None

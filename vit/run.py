@@ -8,18 +8,20 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from vit import checkpoint
 from vit.checkpoint import TrainState, write_atomically
 from vit.config import Config
-from vit.data import Dataset
-from vit.distributed import RANK, WORLD_SIZE, rank_0_first
+from vit.data import Batches, Dataset
+from vit.distributed import RANK, WORLD_SIZE, another_process_ended, rank_0_first
 from vit.errors import InputError, Stopped
-from vit.figures import plot_runs
+from vit.plots import plot_runs
 
 try:
     import fcntl
@@ -45,66 +47,80 @@ class Run(contextlib.ExitStack):
         if saved is None and folder.exists() and RANK == 0:
             raise InputError(f"{folder} exists already: --resume {folder}, or another --run_dir")
 
-    def __exit__(self, kind, error, trace) -> None:
-        super().__exit__(kind, error, trace)  # releases the lock, restores the signals' handlers
-        if self.unsaved and kind is None:
-            raise Stopped(self.unsaved)
-        of_memory = isinstance(error, torch.OutOfMemoryError)  # a RuntimeError, too
-        if WORLD_SIZE > 1 and isinstance(error, RuntimeError) and not of_memory:  # gloo's or NCCL's
-            raise Stopped(f"another process was lost; {self.go_on} ({error!s:.150})") from None
-
-    def restore(self, state: TrainState, data: Dataset) -> None:
-        """Take up the saved state, or make the folder and save the first. Raises InputError."""
-        self.info = {"config": self.config.to_dict(), "classes": data.classes, "mean": data.mean}
-        self.info |= {"std": data.std, "fingerprint": data.fingerprint}
+    def begin(self, state: TrainState, data: Dataset) -> None:
+        """Take the folder, then save the first state or take up the saved one."""
+        self.info = {"config": self.config.to_dict(), "classes": data.classes}
+        self.info |= {"fingerprint": data.fingerprint}
         with rank_0_first():  # the others read the checkpoint when the lock is ours
             if RANK == 0:
-                self._take_folder()
-        if self.saved:  # again, since another process may have gone on until the lock was ours
-            self.saved = checkpoint.load(self.path)
-        for number in SIGNALS:
-            self.callback(signal.signal, number, signal.signal(number, self._receive))
-        if self.saved is None:
-            self._write(state)
-            if self.unsaved:
-                shutil.rmtree(self.folder)  # made a moment ago, and still without a checkpoint
-                raise Stopped(self.unsaved)
-        elif data.fingerprint != self.saved.get("fingerprint"):
-            fault = f"not the images that {self.folder} began with"
-            raise InputError(f"data.root {self.config.data.root}: {fault}")
+                self.lock()
+        self.watch_signals()
+        if self.saved:
+            self.restore(state, data)
         else:
-            try:
-                state.load_state_dict(self.saved)
-            except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-                raise InputError(f"{self.path}: does not fit its model: {error!s:.200}") from None
+            self.save_first(state)
         self.saved_at = time.monotonic()
-        state.ticked = time.perf_counter()  # what came before is not training
 
-    def _take_folder(self) -> None:
+    def lock(self) -> None:
+        """Make a new run's folder, and keep other processes out. Raises InputError."""
         try:
             if self.saved is None:
                 self.folder.mkdir(parents=True)
-            if fcntl:  # a lock that the kernel releases even after kill -9
-                lock = os.open(self.folder, os.O_RDONLY)
-                self.callback(os.close, lock)
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:  # released by the kernel even after kill -9
+                folder = os.open(self.folder, os.O_RDONLY)
+                self.callback(os.close, folder)
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{self.folder}: another process is working in it") from None
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be used: {error.strerror}") from None
 
+    def watch_signals(self) -> None:
+        """Stop after the step in progress when a signal comes; a second one ends the process."""
+        for number in SIGNALS:
+            self.callback(signal.signal, number, signal.signal(number, self._receive))
+
     def _receive(self, number: int, _) -> None:
         for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)  # a second one stops the process at once
+            signal.signal(each, signal.SIG_DFL)
         line = f"stopped by {signal.Signals(number).name}; {self.go_on}"
         self.stopped = Stopped(line, code=128 + number)
         if WORLD_SIZE > 1:  # the processes would notice it at different steps
             raise self.stopped
 
+    def save_first(self, state: TrainState) -> None:
+        """Write the state before the first step, or remove the folder where that fails."""
+        self._write(state)
+        if self.unsaved:
+            shutil.rmtree(self.folder)  # made a moment ago, and still without a checkpoint
+            raise Stopped(self.unsaved)
+
+    def restore(self, state: TrainState, data: Dataset) -> None:
+        """Take up the saved state. Raises InputError where images or sizes are not the run's."""
+        root = self.config.data.root
+        data.require(self.saved["fingerprint"], f"data.root {root}: {self.folder}")
+        self.saved = checkpoint.load(self.path)  # another process may have gone on until now
+        try:
+            state.load_state_dict(self.saved)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{self.path}: does not fit its model: {error!s:.200}") from None
+
+    def progress(self, batches: Batches, state: TrainState) -> Iterable:
+        """Return the batches of the epoch that are left, and show a bar on a terminal."""
+        epoch, epochs = len(state.history), self.config.train.epochs
+        done = state.step - epoch * len(batches)  # above 0 where the epoch was interrupted
+        bar = dict(total=len(batches), initial=done, leave=False, disable=True if RANK else None)
+        return tqdm(batches.of(epoch, skip=done), f"epoch {epoch + 1}/{epochs}", **bar)
+
     def after_step(self, state: TrainState) -> None:
         """Save after `checkpoint_minutes` without a save, and stop after a signal."""
-        state.tick()
         self.save(state, wait=60 * self.config.train.checkpoint_minutes)
+
+    def after_epoch(self, state: TrainState) -> None:
+        """Save, unless that was done a moment ago, and print the epoch's metrics."""
+        self.save(state, wait=5)  # seconds: an epoch can be shorter than a save
+        if RANK == 0:
+            print(", ".join(f"{k} {v:.5g}" for k, v in state.history[-1].items()), flush=True)
 
     def save(self, state: TrainState, wait: float = 0.0) -> None:
         """Save if this is the end, `wait` seconds passed or a signal came, which then stops it."""
@@ -122,8 +138,8 @@ class Run(contextlib.ExitStack):
     def check_finite(self, state: TrainState) -> None:
         """Raise Stopped where anything that training changes is not finite: it is never saved."""
         if not state.is_finite():
-            epoch, rate = 1 + len(state.history), state.optimizers[-1].param_groups[0]["lr"]
-            fault = f"loss or weights are not finite in epoch {epoch} at learning rate {rate:.3g}"
+            place = f"epoch {1 + len(state.history)} at learning rate {state.learning_rate:.3g}"
+            fault = f"loss or weights are not finite in {place}"
             raise Stopped(f"{fault}; {self.path} holds the last state that was saved")
 
     def _write(self, state: TrainState) -> None:
@@ -152,7 +168,7 @@ class Run(contextlib.ExitStack):
             plot_runs({"": rows}, self.folder / "curves.png")
         except OSError as error:
             raise Stopped(f"{self.folder}: {error}") from None
-        print(f"parameters     {sum(p.numel() for p in state.model.parameters()):,}")
+        print(f"parameters     {sum(p.numel() for p in state.classifier.parameters()):,}")
         if state.test:
             accuracy, images = state.test["accuracy"], state.test["images"]
             print(f"test accuracy  {accuracy:.2f} % of {images:,} images")
@@ -161,3 +177,10 @@ class Run(contextlib.ExitStack):
         if state.loss_sum.is_cuda:
             print(f"peak memory    {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
         print(f"run folder     {self.folder}")
+
+    def __exit__(self, kind, error, trace) -> None:
+        super().__exit__(kind, error, trace)  # releases the lock, restores the signals' handlers
+        if self.unsaved and kind is None:
+            raise Stopped(self.unsaved)
+        if WORLD_SIZE > 1 and another_process_ended(error):
+            raise Stopped(f"another process was lost; {self.go_on} ({error!s:.150})") from None

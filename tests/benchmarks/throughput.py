@@ -33,10 +33,10 @@ from torch import nn
 from torchvision import transforms
 
 import train
-from vit import ViT
+from vit import Classifier, ViT
 from vit.checkpoint import TrainState
 from vit.config import TrainConfig
-from vit.data import Preprocess, Split
+from vit.data import Split
 from vit.optim import make_optimizers
 from vit.shapes import draw_shapes
 from vit.step import pick_device, prepare
@@ -166,13 +166,13 @@ def measure(
     rate = 0.02 if optimizer == "muon" else 0.0
     recipe = dataclasses.replace(recipe, optimizer=optimizer, muon_learning_rate=rate)
     model = MODELS[model_name](0.0 if drop else 0.1)
-    for part in ("blocks", "head"):  # where TrainState and the optimisers look
+    for part in ("blocks", "head"):  # where the step and the optimisers look
         if not hasattr(model, part):
             model.add_module(part, nn.Linear(1, 10))
-    model = model.to(device).train()
-    state = TrainState(model, make_optimizers(model, recipe))
-    inputs = dict(preprocess=Preprocess(MEAN, STD, 32).to(device))
-    step = prepare(train.training_step, train.batch_loss, state, recipe, **inputs)
+    model.image_size = 32
+    classifier = Classifier(model, MEAN, STD, precision).to(device).train()
+    state = TrainState(classifier, make_optimizers(model, recipe))
+    step = prepare(train.training_step, state, recipe)
     images, labels = (t.to(device) for t in generated(max(9_000, 2 * batch_size)))
     steps, launched = -5, time.perf_counter()
     while True:

@@ -1,18 +1,20 @@
-"""python -m vit.figures as a user runs it, with tiny models and generated images."""
+"""python img_VIT/draw.py as a user runs it, with tiny models and generated images."""
 
 from pathlib import Path
 
+import draw
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import vit.data
-from vit import ViT, figures
-from vit.checkpoint import FORMAT
+from vit import Classifier, ViT, plots
+from vit.checkpoint import to_bytes
 from vit.config import Config
 from vit.shapes import SHAPES, draw_shapes
 
+TEST = {"accuracy": 50.0, "loss": 1.5, "images": 10}
 TINY = dict(embedding_dim=16, num_heads=2, mlp_dim=24)
 
 
@@ -20,9 +22,10 @@ def write_checkpoint(path: Path, **arguments) -> Path:
     """Write a checkpoint of a tiny model of random weights."""
     torch.manual_seed(0)
     arguments = TINY | arguments
-    content = {"format": FORMAT, "model": ViT(**arguments).state_dict(), "average": None}
-    content |= {"config": Config.from_dict({"model": arguments}).to_dict(), "classes": [*SHAPES]}
-    torch.save(content | {"mean": [0.5] * 3, "std": [0.25] * 3, "fingerprint": ""}, path)
+    classifier = Classifier(ViT(**arguments), [0.5] * 3, [0.25] * 3)
+    content = {"classifier": classifier.state_dict(), "classes": [*SHAPES], "fingerprint": ""}
+    content |= {"config": Config.from_dict({"model": arguments}).to_dict(), "test": TEST}
+    path.write_bytes(to_bytes(content))
     return path
 
 
@@ -38,13 +41,13 @@ def flags(tmp_path_factory) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         few = {10_000: 100, 2_000: 100}
         patch.setattr(vit.data, "draw_shapes", lambda n, seed: draw_shapes(few[n], seed))
-        patch.setattr(figures, "RESULTS", folder)
+        patch.setattr(draw, "RESULTS", folder)
         models = ["--checkpoint", str(large), "--patch4_checkpoint", str(small)]
         yield [*models, "--data.name", "shapes"]
 
 
 def test_every_picture_is_drawn_small_and_not_blank(flags, tmp_path):
-    assert figures.main([*flags, "--out", str(tmp_path / "new/img")]) == 0
+    assert draw.main([*flags, "--out", str(tmp_path / "new/img")]) == 0
     names = "model patches positions block layer_norm attention mlp classes curves class_accuracy"
     names += " confusion mistakes record filters position_similarity attention_distance rollout"
     files = sorted((tmp_path / "new/img").iterdir())
@@ -57,7 +60,7 @@ def test_every_picture_is_drawn_small_and_not_blank(flags, tmp_path):
 
 
 def test_only_draws_just_that_picture(flags, tmp_path, capsys):
-    assert figures.main([*flags, "--out", str(tmp_path), "--only", "filters"]) == 0
+    assert draw.main([*flags, "--out", str(tmp_path), "--only", "filters"]) == 0
     assert [f.name for f in tmp_path.iterdir()] == ["filters.png"]
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("weights ") and len(err.splitlines()) == 1
@@ -66,7 +69,7 @@ def test_only_draws_just_that_picture(flags, tmp_path, capsys):
 def test_what_cannot_be_drawn_is_one_line_and_exit_code_2(flags, tmp_path, capsys):
     (tmp_path / "file").touch()
     torch.save(torch.load(flags[1]) | {"classes": [*"abcdefghij"]}, tmp_path / "renamed.pt")
-    names = ", ".join(figures.NAMES)
+    names = ", ".join(draw.NAMES)
     for argv, message in (
         (["--only", "block", "bloc"], f"--only bloc: the pictures are {names}"),
         (["--checkpoint", f"{tmp_path}/no.pt"], f"{tmp_path}/no.pt: no such file"),
@@ -74,19 +77,19 @@ def test_what_cannot_be_drawn_is_one_line_and_exit_code_2(flags, tmp_path, capsy
         (["--only", "block", "--out", f"{tmp_path}/file/x"], f"--out {tmp_path}/file/x: "),
         (["--data.name", "mnist"], "data.name"),
     ):
-        code, (out, err) = figures.main([*flags, *argv]), capsys.readouterr()
+        code, (out, err) = draw.main([*flags, *argv]), capsys.readouterr()
         lines = [line for line in err.splitlines() if not line.startswith("weights ")]
         assert (code, out, len(lines)) == (2, "", 1), err
-        assert lines[0].startswith("vit.figures: ") and message in err, err
+        assert lines[0].startswith("draw.py: ") and message in err, err
 
 
 def test_the_labels_of_the_block_come_from_the_model():
     counts = ["512", "263,168", "512", "131,584"]  # worked out by hand for the default model
-    labels = figures.block_labels(ViT().blocks[0])
+    labels = draw.block_labels(ViT().blocks[0])
     assert [label.splitlines()[-1] for label in labels] == counts
     assert labels[1].startswith("attention\n2 heads") and "256 → 256 → 256" in labels[3]
     block = ViT(embedding_dim=12, num_heads=3, mlp_dim=20).blocks[0]
-    labels = figures.block_labels(block)
+    labels = draw.block_labels(block)
     counts = [2 * 12, 4 * (12 * 12 + 12), 2 * 12, 12 * 20 + 20 + 20 * 12 + 12]
     assert [label.splitlines()[-1] for label in labels] == [str(count) for count in counts]
 
@@ -94,7 +97,7 @@ def test_the_labels_of_the_block_come_from_the_model():
 def test_shading_keeps_the_patch_looked_at_and_darkens_the_others():
     image = torch.full((3, 8, 8), 200, dtype=torch.uint8)
     for weights in ([0, 0, 1, 0.0], [5, 0, 0, 1, 0.0]):  # the second one with a class token
-        shaded = figures._shade(image, torch.tensor(weights))
+        shaded = plots.shade(image, torch.tensor(weights))
         assert (shaded[:, 4:, :4] == 200).all()
         assert shaded.float().sum() == 3 * 16 * (200 + 3 * 50)
-    assert (figures._shade(image, torch.full((4,), 0.25)) == 50).all()  # no division by zero
+    assert (plots.shade(image, torch.full((4,), 0.25)) == 50).all()  # no division by zero

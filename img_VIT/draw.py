@@ -1,27 +1,27 @@
-"""Every picture of the README, drawn from code, data, results and weights: python -m vit.figures
-
-All are 10 inches wide: shown 880 pixels wide, matplotlib's 10 points are 12 pixels, the least text.
-Training imports this module, so matplotlib and torchvision are imported where they are used.
-"""
+"""Draw every picture of the README from code, data, results and weights: python img_VIT/draw.py"""
 
 import csv
 import math
 import sys
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it sees img_VIT alone
 
 import torch
 import torch.nn.functional as F
+from jsonargparse import Namespace
 from torch import Tensor, nn
+from torchvision.utils import make_grid
 
 from vit import analysis
-from vit.checkpoint import WEIGHTS, load, load_model
-from vit.config import parse_flags, weights_parser
-from vit.data import Preprocess
+from vit.checkpoint import load_classifier
+from vit.classifier import WEIGHTS
+from vit.config import parse_flags
 from vit.errors import InputError, one_line_errors
-from vit.evaluation import confusion_matrix, load_weights_and_data, predict
-from vit.model import EncoderBlock, PositionalEmbedding, ViT
+from vit.evaluation import load_data, predict, weights_parser
+from vit.model import CHANNELS, EncoderBlock, PositionalEmbedding
+from vit.plots import RESULT_PICTURES, new_figure, plot_runs, shade
 
 RESULTS = Path(__file__).parents[1] / "configs" / "results"
 EXAMPLE_CLASS, EXAMPLE_NUMBER = 7, 6  # the image that is followed: the seventh horse of the test
@@ -41,20 +41,6 @@ PUBLISHED = [  # plain ViTs: name, patch size, millions of parameters, test accu
     ("ViT-Lite-7/8 (2104.05704)", 8, 3.7, 89.1),
     ("ViT (2112.13492)", 4, 2.8, 93.6),
 ]
-CURVES = {  # columns of metrics.csv
-    "train_loss": "training loss (nats)",
-    "val_loss": "validation loss (nats)",
-    "val_accuracy": "validation accuracy (%)",
-}
-
-
-def _new_figure(height: float, columns: int = 1):
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, height), dpi=120, layout="constrained")
-    with style.context("tableau-colorblind10"):
-        return figure, figure.subplots(1, columns)
 
 
 def _show(axes, values: Tensor | dict[str, float]) -> None:
@@ -76,7 +62,7 @@ def _show(axes, values: Tensor | dict[str, float]) -> None:
 
 def _row(path: Path, signs: list[str], panels: list[tuple]) -> None:
     """Draw panels side by side: a sign on the left of each, a title, values and a text below."""
-    figure, row = _new_figure(1.4 + 9 / max(3, len(panels)), len(panels))
+    figure, row = new_figure(1.4 + 9 / max(3, len(panels)), len(panels))
     for axes, sign, (title, values, text) in zip(row, signs, panels, strict=True):
         _show(axes, values)
         axes.set_title(title, fontsize=11)
@@ -87,29 +73,52 @@ def _row(path: Path, signs: list[str], panels: list[tuple]) -> None:
 
 def _grid(images: Tensor, columns: int) -> Tensor:
     """Lay out images row by row. Shapes: (n, 3, H, W) → (3, rows·(H + 1) + 1, …)."""
-    from torchvision.utils import make_grid
-
     return make_grid(images, columns, padding=1, pad_value=255)
+
+
+def attention_distance(weights: Tensor, patch_size: int) -> Tensor:
+    """Return the mean distance in pixels between patches, weighted by attention (Fig. 7, 11).
+
+    Shapes: (L, B, k, S, S) → (L, k).
+    """
+    side = math.isqrt(weights.shape[-1])
+    weights = weights[..., -(side**2) :, -(side**2) :]  # without a class token
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    pixels = torch.arange(side, device=weights.device) * float(patch_size)
+    places = torch.cartesian_prod(pixels, pixels)  # (N, 2), of row-major patches
+    return (weights * torch.cdist(places, places)).sum(dim=-1).mean(dim=(1, 3))
+
+
+def position_similarity(positions: Tensor) -> Tensor:
+    """Return the cosine similarity of the patches' position embeddings (Fig. 7 centre, 10).
+
+    Shapes: (S, D) → (N, g, g): a map over the image for each patch.
+    """
+    side = math.isqrt(len(positions))
+    unit = F.normalize(positions[-(side**2) :], dim=1)
+    return (unit @ unit.T).unflatten(1, (side, side))
+
+
+def filter_components(projection: Tensor, count: int) -> Tensor:
+    """Return the principal components of the patch embedding's filters, E of Eq. 1 (Fig. 7 left).
+
+    Shapes: (D, 3·P²) → (count, 3, P, P), of length 1, the strongest first.
+    """
+    side = math.isqrt(projection.shape[1] // CHANNELS)
+    centred = projection - projection.mean(dim=0)
+    components = torch.linalg.svd(centred, full_matrices=False).Vh[:count]
+    return components.unflatten(1, (CHANNELS, side, side))
 
 
 def _mosaic(path: Path, height: float, title: str, images: Tensor, names: list[str]) -> None:
     """Draw uint8 images (n, 3, H, W) row by row, with the names of the columns below."""
-    figure, axes = _new_figure(height)
+    figure, axes = new_figure(height)
     _show(axes, _grid(images, len(names)))
     axes.set_title(title, fontsize=11)
     axes.set_xticks([(i + 0.5) * (images.shape[3] + 1) for i in range(len(names))], names)
     axes.tick_params(length=0)
     axes.set_frame_on(False)
     figure.savefig(path)
-
-
-def _shade(image: Tensor, weights: Tensor) -> Tensor:
-    """Darken patches of small weight. Shapes: uint8 (3, H, W), (S,) → uint8 (3, H, W)."""
-    side = math.isqrt(len(weights))
-    weights = weights[-(side**2) :].view(1, 1, side, side)  # without a class token
-    low, high = weights.min(), weights.quantile(0.95)
-    light = ((weights - low) / (high - low).clamp(min=1e-9)).clamp(max=1)
-    return (image * (0.25 + 0.75 * F.interpolate(light, image.shape[1:])[0])).to(torch.uint8)
 
 
 def block_labels(block: EncoderBlock) -> list[str]:
@@ -125,13 +134,13 @@ def block_labels(block: EncoderBlock) -> list[str]:
 class Pictures:
     """What the pictures show, and a method for each, which writes it to a path."""
 
-    def __init__(self, flags: dict[str, Any]):
-        self.vit, self.preprocess, _, data = load_weights_and_data(flags)
-        default = flags.get("checkpoint", WEIGHTS / "cifar10_patch4.pt")
-        file = flags.get("patch4_checkpoint", default)
-        self.vit4, self.preprocess4, *_ = load_model(file)  # for maps over the image
+    def __init__(self, args: Namespace):
+        self.classifier, config, saved = load_classifier(args.checkpoint)
+        self.classifier4, *_ = load_classifier(args.patch4_checkpoint)  # for maps over the image
+        self.vit, self.vit4 = self.classifier.vit, self.classifier4.vit
         if not all(isinstance(m.positions, PositionalEmbedding) for m in (self.vit, self.vit4)):
             raise InputError("--checkpoint: the pictures are of models with positions")
+        data = load_data(args, config, saved)
         self.classes = data.classes
         self.images, self.labels = data.test
         image = self.sample(EXAMPLE_CLASS % len(self.classes))[None].float()
@@ -140,7 +149,7 @@ class Pictures:
 
     @cached_property
     def logits(self) -> Tensor:
-        return predict(self.vit, self.images, self.preprocess, "float32")
+        return predict(self.classifier, self.images)
 
     def sample(self, label: int, number: int = EXAMPLE_NUMBER) -> Tensor:
         own = self.images[self.labels == label]
@@ -148,7 +157,7 @@ class Pictures:
 
     def inputs_of(self, *modules: nn.Module) -> list[Tensor]:
         """Return what modules of the model get of the example, as matrices."""
-        inputs = analysis.inputs_of(modules, self.vit, self.preprocess(self.image[None]))
+        inputs = analysis.inputs_of(modules, self.classifier, self.image[None])
         return [torch.atleast_2d(x[0]) for x in inputs]
 
     def panels(self) -> dict[str, tuple]:
@@ -198,7 +207,7 @@ class Pictures:
         labels = block_labels(self.vit.blocks[0])
         parts = [r"$z_{\ell-1}$", *labels[:2], "+", *labels[2:], "+", r"$z_\ell$"]
         places = 0, 1.4, 3.1, 4.4, 6.1, 7.8, 9.1, 10.1
-        figure, axes = _new_figure(1.8)
+        figure, axes = new_figure(1.8)
         arrow = dict(arrowstyle="->", color="C1", linewidth=2, shrinkA=0, shrinkB=12)
         arrow |= dict(connectionstyle="bar,fraction=-0.2")
         for start in 0.5, 5.2:  # the residuals, each over three parts
@@ -213,11 +222,11 @@ class Pictures:
 
     def draw_attention(self, path: Path) -> None:
         """Show the attention weights of the example in the last block (Eq. 6)."""
-        heads = analysis.attention_weights(self.vit, self.preprocess(self.image[None]))[-1, 0, :2]
+        heads = analysis.attention_weights(self.classifier, self.image[None])[-1, 0, :2]
         panels, row = [], QUERY % heads.shape[1]
         for i, A in enumerate(heads, 1):
             panels.append((f"head {i}: $A$", A, "a row for each\npatch that looks"))
-            panels.append((f"row {row + 1}", _shade(self.image, A[row]), "where it looks"))
+            panels.append((f"row {row + 1}", shade(self.image, A[row]), "where it looks"))
         _row(path, [""] * len(panels), panels)
 
     def draw_classes(self, path: Path) -> None:
@@ -232,13 +241,13 @@ class Pictures:
         plot_runs({f.stem: [*csv.DictReader(f.read_text().splitlines())] for f in files}, path)
 
     def draw_record(self, path: Path) -> None:
-        """Compare accuracy and size of the weights that ship with published plain ViTs."""
-        figure, axes = _new_figure(4.5)
+        """Compare accuracy and size of the weights that ship with reported plain ViTs."""
+        figure, axes = new_figure(4.5)
         points, ours = [("black", "left", 6, *point) for point in PUBLISHED], {}
-        shipped = [load(file) for file in WEIGHTS.glob("*.pt")]
-        for saved in sorted(shipped, key=lambda saved: saved["test"]["accuracy"]):
-            millions = sum(tensor.numel() for tensor in saved["model"].values()) / 1e6
-            patch, accuracy = saved["config"]["model"]["patch_size"], saved["test"]["accuracy"]
+        shipped = [load_classifier(file) for file in WEIGHTS.glob("*.pt")]
+        for classifier, config, saved in sorted(shipped, key=lambda s: s[2]["test"]["accuracy"]):
+            millions = sum(p.numel() for p in classifier.parameters()) / 1e6
+            patch, accuracy = config.model["patch_size"], saved["test"]["accuracy"]
             ours[patch] = ("C1", "right", -6, f"ours, patch {patch}", patch, millions, accuracy)
         points += ours.values()  # the best of each patch size
         for color, side, shift, name, patch, *place in points:
@@ -246,19 +255,19 @@ class Pictures:
             text, offset = f"{name}: {place[1]:.1f}", dict(textcoords="offset points", va="center")
             axes.annotate(text, place, (shift, 0), ha=side, color=color, **offset)
         title = "squares: patch 8; dots: patch 4. Ours: JPEG copy of CIFAR-10, 45,000 images;\n"
-        axes.set_title(title + "published: the original pixels, 50,000 images", fontsize=11)
+        axes.set_title(title + "reported: the original pixels, 50,000 images", fontsize=11)
         axes.set(xlabel="parameters (millions)", ylabel="test accuracy (%)", xlim=(-0.7, 5.2))
         figure.savefig(path)
 
     def draw_filters(self, path: Path) -> None:
         """Show the principal components of the patch embedding (Fig. 7 left)."""
-        parts = analysis.filter_components(self.vit.projection.weight.detach(), 28)
+        parts = filter_components(self.vit.projection.weight.detach(), 28)
         parts = 127.5 + 127.5 * parts / parts.abs().amax((1, 2, 3), keepdim=True)
         _mosaic(path, 1.6, "", parts.to(torch.uint8), [""] * 14)
 
     def draw_position_similarity(self, path: Path) -> None:
         """Compare the embedding of each position with all (Fig. 7 centre, 10)."""
-        maps = analysis.position_similarity(self.vit4.positions.embedding.weight.detach())
+        maps = position_similarity(self.vit4.positions.embedding.weight.detach())
         light = 255 * (maps - maps.min()) / (1 - maps.min())
         images = torch.stack([light, light, 255 - light], 1).to(torch.uint8)
         title = f"cosine similarity: blue {maps.min():.2f}, yellow 1"
@@ -267,11 +276,11 @@ class Pictures:
     def draw_attention_distance(self, path: Path) -> None:
         """Draw how far each head looks, by block (Fig. 7 right, 11)."""
         images = self.images[:: max(1, len(self.images) // 128)]
-        weights = analysis.attention_weights(self.vit4, self.preprocess4(images))
+        weights = analysis.attention_weights(self.classifier4, images)
         p, uniform = self.vit4.patches.patch_size, torch.ones_like(weights[:1, :1, :1])
-        distances, even = (analysis.attention_distance(A, p) for A in (weights, uniform))
+        distances, even = (attention_distance(A, p) for A in (weights, uniform))
         blocks, heads = (range(1, 1 + count) for count in distances.shape)
-        figure, axes = _new_figure(3.6)
+        figure, axes = new_figure(3.6)
         axes.plot(blocks, distances, "o", label=[f"head {head}" for head in heads])
         axes.margins(y=0.3)  # before ylim, so that no dot is cut
         axes.axhline(even.item(), color="black", linestyle="--", label="equal attention to all")
@@ -282,100 +291,34 @@ class Pictures:
     def draw_rollout(self, path: Path) -> None:
         """Show what the head's input takes from each patch of some images (Fig. 6, 14)."""
         images = [self.sample(label) for label in range(len(self.classes))]
-        weights = analysis.attention_weights(self.vit4, self.preprocess4(torch.stack(images)))
+        weights = analysis.attention_weights(self.classifier4, torch.stack(images))
         maps = analysis.received(analysis.rollout(weights))
-        images += [_shade(image, light) for image, light in zip(images, maps, strict=True)]
+        images += [shade(image, light) for image, light in zip(images, maps, strict=True)]
         title = "above: the image; below: its patches darkened by rollout"
         _mosaic(path, 2.6, title, torch.stack(images), self.classes)
 
 
-def plot_runs(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw losses and validation accuracy by epoch from the rows of each run's metrics.csv."""
-    figure, row = _new_figure(3.5, len(CURVES))
-    for axes, (key, title) in zip(row, CURVES.items(), strict=True):
-        for name, rows in runs.items():
-            epochs = [float(row["epoch"]) for row in rows]
-            axes.plot(epochs, [float(row[key]) for row in rows], label=name)
-        axes.set(title=title, xlabel="epoch")
-    if len(runs) > 1:
-        axes.legend()
-    figure.savefig(path)
-
-
-# Pictures of a split. Shapes: uint8 images (N, 3, S, S), logits (N, K), labels (N,).
-
-
-def plot_class_accuracy(images, logits, labels, classes: list[str], path: Path) -> None:
-    """Draw one bar per class, in percent."""
-    confusion = confusion_matrix(logits, labels)
-    percent = (100 * confusion.diagonal() / confusion.sum(1)).tolist()
-    figure, axes = _new_figure(1 + 0.3 * len(classes))
-    _show(axes, dict(zip(classes, percent, strict=True)))
-    axes.bar_label(axes.containers[0], fmt="%.1f", padding=3)
-    axes.set(xlabel=f"accuracy (%), mean {sum(percent) / len(percent):.1f}", xlim=(0, 110))
-    figure.savefig(path)
-
-
-def plot_confusion(images, logits, labels, classes: list[str], path: Path) -> None:
-    """Draw the confusion matrix, each row in percent of its class."""
-    confusion = confusion_matrix(logits, labels)
-    percent, names = 100 * confusion / confusion.sum(1, keepdim=True), range(len(classes))
-    figure, axes = _new_figure(1.5 + 0.4 * len(classes))
-    axes.imshow(percent.numpy(), "Blues", vmin=0, vmax=200, aspect="auto")  # pale, under text
-    for y, row in enumerate(percent.tolist()):
-        for x, value in enumerate(row):
-            axes.text(x, y, f"{value:.0f}", ha="center", va="center")
-    axes.set_xticks(names, classes, rotation=90 if len(classes) > 12 else 0)
-    axes.set_yticks(names, classes)
-    axes.set(xlabel="predicted class (% of the images of a row)", ylabel="true class")
-    figure.savefig(path)
-
-
-def plot_mistakes(images, logits, labels, classes: list[str], path: Path) -> None:
-    """Show the six wrongly classified images of which the model is the surest."""
-    likely, panels = logits.softmax(1), []
-    surest = likely.amax(1).argsort(descending=True)
-    for i in surest[likely.argmax(1)[surest] != labels[surest]][:6].tolist():
-        title = f"{classes[likely[i].argmax()]}, {100 * likely[i].max():.0f} %"
-        panels.append((title, images[i], f"is: {classes[labels[i]]}"))
-    panels += [("", 255 * torch.ones_like(images[0]), "")] * (6 - len(panels))  # fewer mistakes
-    _row(path, [""] * len(panels), panels)
-
-
-def plot_attention(model: ViT, preprocess: Preprocess, image: Tensor, text: str, path: Path):
-    """Lay over an image, uint8 (3, S, S), what the head's input takes from each of its patches."""
-    weights = analysis.attention_weights(model, preprocess(image[None]))
-    maps, image = analysis.received(analysis.rollout(weights)).cpu(), image.cpu()
-    title, shaded = "its patches, darkened by rollout", _shade(image, maps[0])
-    _row(path, ["", ""], [("image", image, text), (title, shaded, "")])
-
-
-RESULT_PICTURES = {  # drawn by evaluate.py --figures too
-    "class_accuracy": plot_class_accuracy,
-    "confusion": plot_confusion,
-    "mistakes": plot_mistakes,
-}
 NAMES = [*ROWS, *RESULT_PICTURES] + [
     name[5:] for name in vars(Pictures) if name.startswith("draw_")
 ]
 
 
-@one_line_errors("vit.figures")
+@one_line_errors("draw.py")
 def main(argv: list[str]) -> None:
     """Run the command line."""
     parser = weights_parser()
-    text = "A model of small patches, for the maps over images; default that of --checkpoint."
-    parser.add_argument("--patch4_checkpoint", help=text)
-    parser.add_argument("--out", default="img_VIT", help="Folder of the pictures.")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=", ".join(NAMES))
-    flags = parse_flags(parser, argv)
-    names, out = flags.get("only", NAMES), Path(flags.get("out", "img_VIT"))
-    if unknown := [name for name in names if name not in NAMES]:
+    text = "A model of small patches, for the maps over images."
+    default = str(WEIGHTS / "cifar10_patch4.pt")
+    parser.add_argument("--patch4_checkpoint", default=default, help=text)
+    parser.add_argument("--out", default=str(Path(__file__).parent), help="Folder of the pictures.")
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=NAMES, help=", ".join(NAMES))
+    args = parse_flags(parser, argv, defaults=True)
+    if unknown := [name for name in args.only if name not in NAMES]:
         raise InputError(f"--only {unknown[0]}: the pictures are {', '.join(NAMES)}")
-    pictures = Pictures(flags)
+    pictures, out = Pictures(args), Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in names:
+        for name in args.only:
             pictures.draw(name, out / f"{name}.png")
     except OSError as error:
         raise InputError(f"--out {out}: {error.strerror or error}") from None
