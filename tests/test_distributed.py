@@ -143,7 +143,7 @@ def test_every_image_is_used_once_in_an_epoch_and_in_an_evaluation(results):
 
 
 def check_one_line_and_no_process_left(agent, ranks=()) -> str:
-    _, error = agent.communicate(timeout=30)
+    _, error = agent.communicate(timeout=60)
     lines = [line for line in error.splitlines() if line.startswith("train.py:")]
     assert agent.returncode != 0 and len(lines) == 1, error
     assert not any(Path("/proc", pid).exists() for pid in ranks)
@@ -151,41 +151,38 @@ def check_one_line_and_no_process_left(agent, ranks=()) -> str:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the ranks in /proc")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_lost_rank_or_a_signal_ends_the_run_and_one_process_resumes_it(
-    number, tmp_path, image_folder, capsys
+def test_a_lost_rank_a_signal_and_a_mistake_end_all_processes_with_one_line(
+    tmp_path, image_folder, capsys
 ):
     config = write_tiny_config(tmp_path, image_folder, epochs=400, checkpoint_minutes=1e-9)
-    agent = torchrun("train.py", "--config", config, "--run_dir", tmp_path / "run")
-    deadline = time.monotonic() + 60
-    path = tmp_path / "run" / checkpoint.NAME
-    while not path.exists() or checkpoint.load(path)["step"] == 0:
-        assert agent.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    ranks = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-    assert len(ranks) == 2
-    os.kill(int(ranks[1]) if number == signal.SIGKILL else agent.pid, number)
-    line = check_one_line_and_no_process_left(agent, ranks)
-    assert f"--resume {tmp_path / 'run'}" in line
-    saved = checkpoint.load(path)
-    assert 0 < saved["step"] < 400 * 6
-    saved["config"]["train"]["epochs"] = 1 + len(saved["history"])  # enough of it
-    checkpoint.save(saved, tmp_path / "run")
-    assert train.main(["--resume", str(tmp_path / "run")]) == 0
-    assert len(checkpoint.load(path)["history"]) == 1 + len(saved["history"])
-
-
-def test_a_mistake_is_one_line_of_all_processes(tmp_path, image_folder):
-    bad, folder = write_tiny_config(tmp_path, image_folder, batch_size=7), tmp_path / "folder"
-    folder.mkdir()
-    good = write_tiny_config(folder, image_folder)
+    (tmp_path / "bad").mkdir()
+    bad = write_tiny_config(tmp_path / "bad", image_folder, batch_size=7)
     agents = {  # at the same time, since most of the time is spent on starting
-        "train.batch_size 7": torchrun("train.py", "--config", bad, "--run_dir", tmp_path / "new"),
-        "exists already": torchrun("train.py", "--config", good, "--run_dir", folder),
+        name: torchrun("train.py", "--config", file, "--run_dir", tmp_path / f"run {name}")
+        for name, file in (("killed", config), ("stopped", config), ("mistaken", bad))
     }
-    for message, agent in agents.items():
-        assert message in check_one_line_and_no_process_left(agent)
-    assert not (tmp_path / "new").exists()
+    assert "train.batch_size 7" in check_one_line_and_no_process_left(agents.pop("mistaken"))
+    assert not (tmp_path / "run mistaken").exists()
+    for name, agent in agents.items():
+        run_dir, deadline = tmp_path / f"run {name}", time.monotonic() + 60
+        path = run_dir / checkpoint.NAME
+        while not path.exists() or checkpoint.load(path)["step"] == 0:
+            assert agent.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        ranks = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        assert len(ranks) == 2
+        if name == "killed":
+            os.kill(int(ranks[1]), signal.SIGKILL)
+        else:
+            agent.send_signal(signal.SIGINT)
+        line = check_one_line_and_no_process_left(agent, ranks)
+        assert f"--resume {run_dir}" in line
+        saved = checkpoint.load(path)
+        assert 0 < saved["step"] < 400 * 6
+        saved["config"]["train"]["epochs"] = 1 + len(saved["history"])  # enough of it
+        checkpoint.save(saved, run_dir)
+        assert train.main(["--resume", str(run_dir)]) == 0  # one process takes it up
+        assert len(checkpoint.load(path)["history"]) == 1 + len(saved["history"])
 
 
 if __name__ == "__main__":

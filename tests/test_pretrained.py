@@ -16,6 +16,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import train
 from vit import PAPER, Classifier, ViT, checkpoint
+from vit.config import Config
 from vit.data import IMAGENET
 from vit.errors import InputError
 from vit.pretrained import from_torchvision, load_pretrained, resize_positions
@@ -97,8 +98,9 @@ def test_resizing_equals_pillows_bicubic_and_leaves_the_class_token(new):
 
 def test_another_resolution_and_number_of_classes(weights_file, tmp_path):
     vit = ViT(**OURS_SMALL)
-    parts = {"classifier": Classifier(vit, *IMAGENET).state_dict(), "config": {}, "classes": []}
-    checkpoint.save(parts | {"fingerprint": ""}, tmp_path)
+    parts = dict(classifier=Classifier(vit, *IMAGENET).state_dict(), classes=[], fingerprint="")
+    parts |= dict(config=Config.from_dict({"model": OURS_SMALL}).to_dict())
+    checkpoint.save(parts, tmp_path)
     for path, expected in (
         (weights_file, from_torchvision(torch.load(weights_file))),
         (tmp_path / checkpoint.NAME, vit.state_dict()),  # a checkpoint of our own

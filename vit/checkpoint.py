@@ -110,9 +110,11 @@ def to_bytes(content: dict[str, Any]) -> bytes:
 def read_verified(path: Path) -> Any:
     """Read a file of torch.save onto the CPU. Raises InputError where it cannot be read."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load itself compares no checksums
-            if damaged := archive.testzip():
-                raise ValueError(f"the checksum of {damaged} does not agree")
+        with open(path, "rb") as file:  # torch.load itself compares no checksums
+            is_archive = file.read(2) == b"PK"  # torch's format before 1.6 has none
+            damaged = zipfile.ZipFile(file).testzip() if is_archive else None
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} does not agree")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None

@@ -15,14 +15,9 @@ BEST_WEIGHTS = WEIGHTS / "cifar10_record.pt"
 class Classifier(nn.Module):
     """A ViT with what goes around it: images are enlarged and normalised, logits are float32.
 
-    It follows `.to(dtype)`, and `precision` "bfloat16" is autocast. Shapes: uint8 (B, 3, S, S) →
-    (B, K); a float64 model gives float64. Raises TypeError for any other images.
-
-    Args:
-        vit: the network, which sees images of its own image_size.
-        mean: of each channel, for pixels in [0, 1].
-        std: of each channel, likewise.
-        precision: float32, or bfloat16 for autocast.
+    It follows `.to(dtype)`, of which float64 gives float64 logits; `precision` "bfloat16" is
+    autocast. The mean and std of each channel are those of pixels in [0, 1]. Shapes: uint8
+    (B, 3, S, S) → (B, K). Raises TypeError for any other images.
     """
 
     def __init__(self, vit: ViT, mean: list[float], std: list[float], precision: str = "float32"):

@@ -2,14 +2,13 @@
 
 import math
 import sys
-import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vit.checkpoint import WEIGHTS_PARTS, load, read_verified
+from vit.checkpoint import load_classifier, read_verified
 from vit.errors import InputError
 from vit.model import ViT
 
@@ -78,37 +77,23 @@ def load_pretrained(vit: ViT, source: str) -> None:
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise ValueError("they are not finite")
         vit.load_state_dict(weights, strict=True)
-    except (ValueError, RuntimeError) as error:  # ours, and torch's of keys and sizes that differ
+    except (ValueError, RuntimeError, OSError) as error:  # ours; keys or sizes differ; no network
         raise InputError(f"train.init_from {source}: {error!s:.500}") from None
     print(", ".join(changes), file=sys.stderr, flush=True)
 
 
 def _read(source: str) -> dict[str, Tensor]:
-    if not Path(source).is_file():
-        return _download(source)
-    if zipfile.is_zipfile(source):
-        weights = read_verified(Path(source))
-    else:  # torch's format before version 1.6 holds no checksums
-        try:
-            weights = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises almost anything for a damaged file
-            raise ValueError(str(error) or type(error).__name__) from None
-    if isinstance(weights, dict) and "format" in weights:  # of our own
-        prefix, weights = "vit.", load(Path(source), WEIGHTS_PARTS)["classifier"]
-        weights = {k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)}
-    if not isinstance(weights, dict) or not all(torch.is_tensor(t) for t in weights.values()):
-        raise ValueError("no dictionary of tensors")
-    return weights
-
-
-def _download(name: str) -> dict[str, Tensor]:
     from torchvision.models import get_model_weights, list_models  # slow to import
 
+    if Path(source).is_file():
+        weights = read_verified(Path(source))
+        if isinstance(weights, dict) and "format" in weights:  # a checkpoint of our own
+            return load_classifier(source)[0].vit.state_dict()
+        if not isinstance(weights, dict) or not all(torch.is_tensor(t) for t in weights.values()):
+            raise ValueError("no dictionary of tensors")
+        return weights
     names = list_models(include="vit_*")
-    if name not in names:
+    if source not in names:
         raise ValueError(f"no such file, and none of torchvision's {', '.join(names)}")
     safe = dict(check_hash=True, map_location="cpu", weights_only=True)  # runs no code in it
-    try:
-        return get_model_weights(name).DEFAULT.get_state_dict(**safe)
-    except OSError as error:  # of the network or the disk
-        raise ValueError(error) from None
+    return get_model_weights(source).DEFAULT.get_state_dict(**safe)

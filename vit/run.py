@@ -49,8 +49,8 @@ class Run(contextlib.ExitStack):
 
     def begin(self, state: TrainState, data: Dataset) -> None:
         """Take the folder, then save the first state or take up the saved one."""
-        self.info = {"config": self.config.to_dict(), "classes": data.classes}
-        self.info |= {"fingerprint": data.fingerprint}
+        self.info = dict(classes=data.classes, fingerprint=data.fingerprint)
+        self.info["config"] = self.config.to_dict()
         with rank_0_first():  # the others read the checkpoint when the lock is ours
             if RANK == 0:
                 self.lock()
