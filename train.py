@@ -86,7 +86,7 @@ def train(config: Config, device: torch.device, run: Run) -> None:
             seed_step(recipe.seed, state.step, device)
             factor = learning_rate_factor(state.step, total_steps, recipe)
             set_learning_rates(state.optimizers, factor)
-            step(images, labels)
+            step(images, labels, recipe.at(epoch))
             state.step += 1
             state.seconds = time.perf_counter() - started
             run.after_step(state)  # saves when due; stops after a signal

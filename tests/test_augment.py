@@ -91,3 +91,12 @@ def test_augment_is_a_function_of_the_seed_and_changes_nothing_when_told_nothing
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
     nothing = TrainConfig(crop_padding=0, horizontal_flip=False)
     assert torch.equal(augment(images, targets, nothing)[0], images)
+
+
+def test_the_last_epochs_leave_cutmix_and_then_crops_out():
+    recipe = TrainConfig(epochs=20, cutmix=0.5, finish_cutmix=0.25, finish_crop=0.1)
+    found = [(recipe.at(e).cutmix, recipe.at(e).crop_padding) for e in range(20)]
+    assert found == [(0.5, 4)] * 15 + [(0.0, 4)] * 3 + [(0.0, 0)] * 2
+    recipe = TrainConfig(epochs=100, cutmix=0.5, finish_cutmix=0.15)  # 1 - 0.85 is above 0.15
+    assert [e for e in range(100) if not recipe.at(e).cutmix] == [*range(85, 100)]
+    assert all(TrainConfig(cutmix=0.5).at(e) == TrainConfig(cutmix=0.5) for e in range(50))

@@ -156,7 +156,8 @@ def make_step(optimizer, device="cpu", drop_rate=0.2, precision="float32", **key
     vit = ViT(image_size=16, embedding_dim=16, mlp_dim=16, drop_rate=drop_rate)
     classifier = Classifier(vit, [0.5] * 3, [0.2] * 3, precision).to(device)
     state = TrainState(classifier, make_optimizers(vit, recipe))
-    return state, prepare(train.training_step, state, recipe)
+    step = prepare(train.training_step, state, recipe)
+    return state, lambda images, labels: step(images, labels, recipe)
 
 
 def batches(count, device="cpu"):
@@ -249,10 +250,10 @@ def test_a_captured_step_warms_up_then_replays_one_graph_on_its_own_tensors(monk
         graphs.append(graph)
         yield
 
-    def step(images, labels):
+    def step(images, labels, recipe):
         seen.append((images, labels, images.sum().item(), labels.sum().item()))
-        if graphs and not graphs[0].calls:
-            graphs[0].calls.append(lambda: step(images, labels))
+        if graphs and not graphs[-1].calls:
+            graphs[-1].calls.append(lambda: step(images, labels, recipe))
 
     for name, value in dict(Stream=lambda: stream, CUDAGraph=FakeGraph, graph=capture).items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -260,12 +261,16 @@ def test_a_captured_step_warms_up_then_replays_one_graph_on_its_own_tensors(monk
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     captured = CapturedStep(step)
     for i in range(6):
-        captured(torch.full((2,), i), torch.full((2,), 10 * i))
+        captured(torch.full((2,), i), torch.full((2,), 10 * i), "recipe")
         assert seen[-1][2:] == (2 * i, 20 * i)  # each call computes its own batch
         assert len(graphs) == (i >= 3)  # after three eager calls
     assert graphs[0].replays == 3 and len(seen) == 3 + 1 + 3  # the capture itself computes nothing
     assert all(a is seen[0][0] and b is seen[0][1] for a, b, *_ in seen)  # the same memory
     assert len(side) == 2 * 3  # a warm-up waits for the batch, and what follows for it
+    for i in range(4):  # another recipe is captured anew, after eager calls
+        captured(torch.full((2,), i), torch.full((2,), i), "another")
+        assert len(graphs) == 1 + (i == 3) and seen[-1][2:] == (2 * i, 2 * i)
+    assert [graph.replays for graph in graphs] == [3, 1]
 
 
 def test_bfloat16_gives_the_logits_of_float32_to_two_digits():

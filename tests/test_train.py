@@ -127,11 +127,11 @@ def test_a_run_makes_the_steps_of_a_plain_loop(run_train, tmp_path, saved_weight
 EFFECTS = """train.epochs=3 train.batch_size=7 train.accumulation_steps=4 train.optimizer=adam
 train.learning_rate=2e-3 train.weight_decay=0.1 train.clip_norm=1e-9 train.schedule=cosine
 train.warmup_fraction=0.5 train.label_smoothing=0.1 train.crop_padding=0
-train.horizontal_flip=false train.cutmix=0.5 train.seed=4 train.precision=bfloat16 data.image_size=8
-data.normalization=imagenet data.val_fraction=0.25 data.split_seed=1 model.drop_rate=0"""
+train.horizontal_flip=false train.cutmix=0.5 train.finish_crop=0.5 train.seed=4
+train.precision=bfloat16 data.image_size=8 data.normalization=imagenet data.val_fraction=0.25 data.split_seed=1 model.drop_rate=0"""
 # Those that must not change them here, or that other tests are about.
 NO_EFFECT = {"init_from", "teacher", "device", "execution", "checkpoint_minutes"}
-NO_EFFECT |= {"deterministic", "evaluate_test", "muon_learning_rate"}
+NO_EFFECT |= {"deterministic", "evaluate_test", "muon_learning_rate", "finish_cutmix"}
 
 
 def test_every_key_of_the_recipe_changes_the_weights(run_train, tmp_path, monkeypatch):

@@ -65,6 +65,8 @@ class TrainConfig:
         crop_padding: random crops after padding by this many pixels; 0 for none.
         horizontal_flip: mirror half of the training images.
         cutmix: the part of the images into which a box of another one is pasted.
+        finish_cutmix: the last part of the epochs, in which nothing is pasted.
+        finish_crop: the last part of the epochs, in which the images are not cropped.
         seed: seed of the weights, the order of images, their augmentation and dropout.
         device: auto picks CUDA, else MPS, else the CPU.
         precision: auto is bfloat16 where the device has instructions for it; a run keeps it.
@@ -90,6 +92,8 @@ class TrainConfig:
     crop_padding: NonNegativeInt = 4
     horizontal_flip: bool = True
     cutmix: ClosedUnitInterval = 0.0
+    finish_cutmix: ClosedUnitInterval = 0.0
+    finish_crop: ClosedUnitInterval = 0.0
     seed: Seed = 0
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -97,6 +101,15 @@ class TrainConfig:
     checkpoint_minutes: PositiveNumber = 10.0
     deterministic: bool = False
     evaluate_test: bool = True
+
+    def at(self, epoch: int) -> "TrainConfig":
+        """Return the recipe of an epoch, counted from 0: the last ones leave augmentation out."""
+        recipe = self
+        if epoch >= round(self.epochs * (1 - self.finish_cutmix)):
+            recipe = dataclasses.replace(recipe, cutmix=0.0)
+        if epoch >= round(self.epochs * (1 - self.finish_crop)):
+            recipe = dataclasses.replace(recipe, crop_padding=0)
+        return recipe
 
 
 SECTIONS = {"model": ViT, "data": DataConfig, "train": TrainConfig}

@@ -75,8 +75,8 @@ def seed_step(seed: int, step: int, device: torch.device) -> None:
 
 def prepare(
     step: Callable, state: TrainState, recipe: TrainConfig, teacher: Classifier | None = None
-) -> Callable[[Tensor, Tensor], None]:
-    """Return the step of images and labels, as the recipe executes it. Raises InputError."""
+) -> Callable[[Tensor, Tensor, TrainConfig], None]:
+    """Return the step of images, labels and recipe, as it is executed. Raises InputError."""
     device = state.loss_sum.device
     if recipe.execution == "compiled":
         try:  # on something small, before the run's folder is made
@@ -85,7 +85,7 @@ def prepare(
             fault = f"train.execution compiled needs a C++ compiler: {error!s:.300}"
             raise InputError(fault) from None
         state.network = torch.compile(state.network)
-    step = functools.partial(step, state, recipe=recipe, teacher=teacher)
+    step = functools.partial(step, state, teacher=teacher)
     if recipe.execution != "graph":
         return step
     if device.type != "cuda" or WORLD_SIZE > 1:
@@ -94,16 +94,20 @@ def prepare(
 
 
 class CapturedStep:
-    """A step as one CUDA graph, after eager calls; a replay draws the random numbers of a seed."""
+    """A step as one CUDA graph, after eager calls; a replay draws the random numbers of a seed.
 
-    eager_calls = 3  # they make the optimisers' state and warm the kernels up, on a side stream
+    Another recipe, such as that of the last epochs, is another graph.
+    """
 
-    def __init__(self, step: Callable[[Tensor, Tensor], None]):
-        self.step = step
+    def __init__(self, step: Callable[[Tensor, Tensor, TrainConfig], None]):
+        self.step, self.recipe, self.eager_calls = step, None, 0
         self.images = self.labels = self.graph = None
         self.stream = torch.cuda.Stream()
 
-    def __call__(self, images: Tensor, labels: Tensor) -> None:
+    def __call__(self, images: Tensor, labels: Tensor, recipe: TrainConfig) -> None:
+        if recipe != self.recipe:
+            # Eager calls make the optimisers' state and warm the kernels up, on a side stream.
+            self.recipe, self.graph, self.eager_calls = recipe, None, 3
         if self.images is None:
             self.images, self.labels = images.clone(), labels.clone()
         self.images.copy_(images)
@@ -112,12 +116,12 @@ class CapturedStep:
             self.eager_calls -= 1
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                self.step(self.images, self.labels)
+                self.step(self.images, self.labels, recipe)
             torch.cuda.current_stream().wait_stream(self.stream)
             return
         if self.graph is None:
             gc.collect()  # an old graph that is collected during a capture breaks it
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=self.stream):
-                self.step(self.images, self.labels)
+                self.step(self.images, self.labels, recipe)
         self.graph.replay()

@@ -180,7 +180,7 @@ def measure(
             state.loss_sum.item()  # waits for the device
             started = time.perf_counter()
         batch = torch.randint(len(labels), (batch_size,), device=device)
-        step(images[batch], labels[batch])
+        step(images[batch], labels[batch], recipe)
         if steps == -5:
             state.loss_sum.item()
             first = time.perf_counter() - launched
