@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: python evaluate.py --checkpoint runs/cifar10/checkpoint.pt"""
 
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -12,8 +13,9 @@ from jsonargparse import ArgumentParser, Namespace
 from vit.checkpoint import export, load_classifier
 from vit.classifier import Classifier
 from vit.config import parse_flags
-from vit.errors import InputError, one_line_errors
-from vit.evaluation import confusion_matrix, load_data, loss_and_accuracy, predict, weights_parser
+from vit.errors import InputError, Stopped, one_line_errors, printable, say
+from vit.evaluation import class_accuracy, load_images, loss_and_accuracy, predict, weights_parser
+from vit.images import decode, find_images, say_left_out
 from vit.model import ViT
 from vit.plots import RESULT_PICTURES, plot_attention
 from vit.step import pick_device
@@ -21,8 +23,8 @@ from vit.step import pick_device
 
 def evaluate(args: Namespace, classifier: Classifier, config, saved: dict) -> dict[str, Any]:
     """Return parameters, accuracies and speed on a split, and draw them. Raises InputError."""
-    data = load_data(args, config, saved)
-    images, labels = getattr(data, args.split).to(classifier.mean.device)
+    classes = saved["classes"]
+    images, labels = load_images(args, config, saved, args.split).to(classifier.mean.device)
 
     predict(classifier, images[:1000]).sum().item()  # loads kernels; not timed
     started = time.perf_counter()
@@ -31,10 +33,9 @@ def evaluate(args: Namespace, classifier: Classifier, config, saved: dict) -> di
     seconds = time.perf_counter() - started
     images, labels, logits = images.cpu(), labels.cpu(), logits.cpu()
     if args.figures:
+        names = [printable(name) for name in classes]
         for name, plot in RESULT_PICTURES.items():
-            plot(images, logits, labels, data.classes, Path(args.figures, f"{name}.png"))
-    confusion = confusion_matrix(logits, labels)
-    per_class = (100 * confusion.diagonal() / confusion.sum(1)).tolist()
+            plot(images, logits, labels, names, Path(args.figures, f"{name}.png"))
     return {
         "checkpoint": args.checkpoint,
         "parameters": sum(p.numel() for p in classifier.parameters()),
@@ -42,31 +43,44 @@ def evaluate(args: Namespace, classifier: Classifier, config, saved: dict) -> di
         f"{args.split}_accuracy": accuracy,
         f"{args.split}_loss": loss,
         f"{args.split}_images": len(labels),
-        "class_accuracy": dict(zip(data.classes, per_class, strict=True)),
+        "class_accuracy": dict(zip(classes, class_accuracy(logits, labels), strict=True)),
         "images_per_second": len(labels) / seconds,
     }
 
 
 def classify(args: Namespace, classifier: Classifier, config, saved: dict) -> dict[str, dict]:
-    """Return the likeliest classes of the images of a file or folder, at most 5, by file."""
-    from vit.images import decode, is_image_file  # here, since importing torchvision takes a second
+    """Return the likeliest classes of the images of a file or folder, at most 5, by file.
 
+    A file that is no image is said, and has no classes. Raises InputError.
+    """
     if args.data.name or args.data.root or args.split != "test":
         raise InputError("--images does not go with --data and --split")
     path, found, classes = Path(args.images), {}, saved["classes"]
     files = [path]
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if is_image_file(f.name) and f.name[0] != ".")
-        if not files:
-            raise InputError(f"--images {path}: no image in this folder")
+        files, left_out = find_images(path)
+        say_left_out(path, left_out)
+    if not files:
+        raise InputError(f"--images {path}: no image in this folder")
+    folders = {file.resolve().parent for file in files}
+    if args.figures and path.is_dir() and Path(args.figures).resolve() in folders:
+        raise InputError(f"--figures {args.figures}: holds the images of --images")
     for file in files:
-        image = decode(file, config.data.image_size or classifier.vit.image_size)
+        try:
+            image = decode(file, config.data.image_size or classifier.vit.image_size)
+        except InputError as error:
+            if not path.is_dir():
+                raise
+            say(f"evaluate.py: {error}", sys.stderr)
+            found[str(file)] = {}
+            continue
         top = predict(classifier, image[None])[0].softmax(0).cpu().topk(min(5, len(classes)))
         likely = {classes[i]: p.item() for p, i in zip(*top, strict=True)}
         found[str(file)] = likely
         if args.figures:
             text = "\n".join(f"{name} {100 * p:.1f} %" for name, p in likely.items())
-            plot_attention(classifier, image, text, Path(args.figures, f"{file.name}.png"))
+            name = "_".join(file.relative_to(path).parts if path.is_dir() else [file.name])
+            plot_attention(classifier, image, printable(text), Path(args.figures, f"{name}.png"))
     return found
 
 
@@ -85,7 +99,8 @@ def report(result: dict[str, Any], split: str) -> str:
     lines += [f"  {part:<20}{n:>12,}" for part, n in result["parameters_by_part"].items()]
     accuracy, count = result[f"{split}_accuracy"], result[f"{split}_images"]
     lines += [f"{split + ' accuracy':<22}{accuracy:>10.2f} %  of {count:,} images"]
-    lines += [f"  {name:<20}{value:>10.2f} %" for name, value in result["class_accuracy"].items()]
+    for name, value in result["class_accuracy"].items():
+        lines.append(f"  {name:<20}" + (" no images" if value is None else f"{value:>10.2f} %"))
     return "\n".join([*lines, f"{'images/s':<22}{result['images_per_second']:>12,.0f}"])
 
 
@@ -111,9 +126,12 @@ def parser() -> ArgumentParser:
 def main(argv: list[str]) -> None:
     """Run the command line."""
     args = parse_flags(parser(), argv, defaults=True)
+    for name in "checkpoint", "images", "figures", "export":
+        if args[name]:
+            args[name] = os.path.expanduser(args[name])
     if args.export:
         size = export(args.checkpoint, Path(args.export))
-        print(f"{args.export}: {size:,} bytes")
+        say(f"{args.export}: {size:,} bytes")
         return
     classifier, config, saved = load_classifier(args.checkpoint)
     device, classifier.precision = pick_device(
@@ -128,12 +146,16 @@ def main(argv: list[str]) -> None:
         where = error.filename or args.figures  # a full disk names no file
         raise InputError(f"{where}: {error.strerror or error}") from None
     if args.json:
-        print(json.dumps(result))
+        say(json.dumps(result))
     elif not args.images:
-        print(report(result, args.split))
+        say(report(result, args.split))
     else:
         for file, likely in result.items():
-            print(file, *(f"{100 * p:>10.2f} %  {name}" for name, p in likely.items()), sep="\n")
+            for line in (file, *(f"{100 * p:>10.2f} %  {name}" for name, p in likely.items())):
+                say(line)
+    if args.images and not all(result.values()):
+        bad = sum(not likely for likely in result.values())
+        raise Stopped(f"{bad} of {len(result)} files could not be read")
 
 
 if __name__ == "__main__":

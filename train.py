@@ -3,26 +3,24 @@
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from vit import checkpoint
 from vit.augment import augment
 from vit.checkpoint import TrainState, load_classifier
 from vit.classifier import Classifier
-from vit.config import Config, TrainConfig, config_parser, parse_flags, read_config, resumed_config
+from vit.config import Config, TrainConfig, config_parser, parse_flags
 from vit.data import Batches, load_dataset
 from vit.distributed import WORLD_SIZE, keep_gradients, processes, total
-from vit.errors import one_line_errors
+from vit.errors import one_line_errors, say
 from vit.evaluation import evaluate
 from vit.model import ViT
 from vit.optim import learning_rate_factor, make_optimizers, set_learning_rates
 from vit.pretrained import load_pretrained
-from vit.run import Run
+from vit.run import Run, read_run
 from vit.step import pick_device, prepare, seed_step, use_deterministic_kernels
 
 
@@ -60,9 +58,9 @@ def train(config: Config, device: torch.device, run: Run) -> None:
     recipe = config.train
     # The models first: weights that do not fit should fail before images are slowly decoded.
     torch.manual_seed(recipe.seed)
-    vit, teacher = ViT(**config.model), None
+    vit, teacher, seen_before = ViT(**config.model), None, None
     if recipe.init_from and not run.saved:
-        load_pretrained(vit, recipe.init_from)
+        seen_before = load_pretrained(vit, recipe.init_from)
     if recipe.teacher:
         teacher, _, seen = load_classifier(recipe.teacher, recipe.precision)
         teacher.to(device).eval().requires_grad_(False)
@@ -71,22 +69,25 @@ def train(config: Config, device: torch.device, run: Run) -> None:
     data = load_dataset(config.data, config.model["image_size"], config.model["num_classes"])
     if teacher:
         data.require(seen["fingerprint"], f"train.teacher {recipe.teacher}")
+    if seen_before not in (None, data.fingerprint):
+        say("train.init_from: began with other images, or with another split of them", sys.stderr)
     batches, val = Batches(data.train.to(device), recipe), data.val.to(device)
 
     # Everything that training changes, and the step that changes it: eager, compiled or captured.
     classifier = Classifier(vit, data.mean, data.std, recipe.precision).to(device)
     state = TrainState(classifier, make_optimizers(vit, recipe))
     step = prepare(training_step, state, recipe, teacher)
-    run.begin(state, data)
+    run.begin(state, data, teacher)
 
     total_steps = recipe.epochs * len(batches)
     for epoch in range(len(state.history), recipe.epochs):
         started = time.perf_counter() - state.seconds  # those before an interruption
+        current = recipe.at(epoch)  # the last epochs leave augmentation out
         for images, labels in run.progress(batches, state):
             seed_step(recipe.seed, state.step, device)
             factor = learning_rate_factor(state.step, total_steps, recipe)
             set_learning_rates(state.optimizers, factor)
-            step(images, labels, recipe.at(epoch))
+            step(images, labels, current)
             state.step += 1
             state.seconds = time.perf_counter() - started
             run.after_step(state)  # saves when due; stops after a signal
@@ -100,7 +101,7 @@ def train(config: Config, device: torch.device, run: Run) -> None:
         state.end_epoch(row)
         run.after_epoch(state)
 
-    if recipe.evaluate_test and state.test is None:  # the test images, looked at once
+    if recipe.evaluate_test and data.test and state.test is None:  # the test images, looked at once
         loss, accuracy = evaluate(classifier, data.test)
         state.test = {"loss": loss, "accuracy": accuracy, "images": len(data.test.labels)}
         run.save(state)
@@ -111,13 +112,7 @@ def train(config: Config, device: torch.device, run: Run) -> None:
 def main(argv: list[str]) -> None:
     """Run the command line."""
     flags = parse_flags(config_parser(with_flags=True), argv).as_dict()
-    if "resume" in flags:
-        folder = Path(flags["resume"])
-        saved = checkpoint.load(folder / checkpoint.NAME)
-        config = resumed_config(flags, saved["config"])
-    else:
-        config, saved = read_config(flags), None
-        folder = Path(flags.get("run_dir", Path("runs") / Path(flags["config"]).stem))
+    folder, config, saved = read_run(flags)
     use_deterministic_kernels(config.train.deterministic)
     device, precision = pick_device(config.train.device, config.train.precision)
     config = replace(config, train=replace(config.train, precision=precision))

@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it sees img_VI
 import torch
 import torch.nn.functional as F
 from jsonargparse import Namespace
+from matplotlib import style
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
@@ -19,9 +21,9 @@ from vit.checkpoint import load_classifier
 from vit.classifier import WEIGHTS
 from vit.config import parse_flags
 from vit.errors import InputError, one_line_errors
-from vit.evaluation import load_data, predict, weights_parser
+from vit.evaluation import load_images, predict, weights_parser
 from vit.model import CHANNELS, EncoderBlock, PositionalEmbedding
-from vit.plots import RESULT_PICTURES, new_figure, plot_runs, shade
+from vit.plots import RESULT_PICTURES, plot_runs, shade
 
 RESULTS = Path(__file__).parents[1] / "configs" / "results"
 EXAMPLE_CLASS, EXAMPLE_NUMBER = 7, 6  # the image that is followed: the seventh horse of the test
@@ -43,6 +45,12 @@ PUBLISHED = [  # plain ViTs: name, patch size, millions of parameters, test accu
 ]
 
 
+def _new_figure(height: float, columns: int = 1):
+    figure = Figure(figsize=(10, height), dpi=120, layout="constrained")
+    with style.context("tableau-colorblind10"):
+        return figure, figure.subplots(1, columns)
+
+
 def _show(axes, values: Tensor | dict[str, float]) -> None:
     """Draw bars, an image (3, H, W), or a matrix: orange below 0, violet above."""
     axes.set_xticks([])
@@ -62,7 +70,7 @@ def _show(axes, values: Tensor | dict[str, float]) -> None:
 
 def _row(path: Path, signs: list[str], panels: list[tuple]) -> None:
     """Draw panels side by side: a sign on the left of each, a title, values and a text below."""
-    figure, row = new_figure(1.4 + 9 / max(3, len(panels)), len(panels))
+    figure, row = _new_figure(1.4 + 9 / max(3, len(panels)), len(panels))
     for axes, sign, (title, values, text) in zip(row, signs, panels, strict=True):
         _show(axes, values)
         axes.set_title(title, fontsize=11)
@@ -112,7 +120,7 @@ def filter_components(projection: Tensor, count: int) -> Tensor:
 
 def _mosaic(path: Path, height: float, title: str, images: Tensor, names: list[str]) -> None:
     """Draw uint8 images (n, 3, H, W) row by row, with the names of the columns below."""
-    figure, axes = new_figure(height)
+    figure, axes = _new_figure(height)
     _show(axes, _grid(images, len(names)))
     axes.set_title(title, fontsize=11)
     axes.set_xticks([(i + 0.5) * (images.shape[3] + 1) for i in range(len(names))], names)
@@ -140,9 +148,8 @@ class Pictures:
         self.vit, self.vit4 = self.classifier.vit, self.classifier4.vit
         if not all(isinstance(m.positions, PositionalEmbedding) for m in (self.vit, self.vit4)):
             raise InputError("--checkpoint: the pictures are of models with positions")
-        data = load_data(args, config, saved)
-        self.classes = data.classes
-        self.images, self.labels = data.test
+        self.classes = saved["classes"]
+        self.images, self.labels = load_images(args, config, saved, "test")
         image = self.sample(EXAMPLE_CLASS % len(self.classes))[None].float()
         size = self.vit.image_size, self.vit.image_size
         self.image = F.interpolate(image, size, mode="bilinear")[0].to(torch.uint8)
@@ -207,7 +214,7 @@ class Pictures:
         labels = block_labels(self.vit.blocks[0])
         parts = [r"$z_{\ell-1}$", *labels[:2], "+", *labels[2:], "+", r"$z_\ell$"]
         places = 0, 1.4, 3.1, 4.4, 6.1, 7.8, 9.1, 10.1
-        figure, axes = new_figure(1.8)
+        figure, axes = _new_figure(1.8)
         arrow = dict(arrowstyle="->", color="C1", linewidth=2, shrinkA=0, shrinkB=12)
         arrow |= dict(connectionstyle="bar,fraction=-0.2")
         for start in 0.5, 5.2:  # the residuals, each over three parts
@@ -242,7 +249,7 @@ class Pictures:
 
     def draw_record(self, path: Path) -> None:
         """Compare accuracy and size of the weights that ship with reported plain ViTs."""
-        figure, axes = new_figure(4.5)
+        figure, axes = _new_figure(4.5)
         points, ours = [("black", "left", 6, *point) for point in PUBLISHED], {}
         shipped = [load_classifier(file) for file in WEIGHTS.glob("*.pt")]
         for classifier, config, saved in sorted(shipped, key=lambda s: s[2]["test"]["accuracy"]):
@@ -280,7 +287,7 @@ class Pictures:
         p, uniform = self.vit4.patches.patch_size, torch.ones_like(weights[:1, :1, :1])
         distances, even = (attention_distance(A, p) for A in (weights, uniform))
         blocks, heads = (range(1, 1 + count) for count in distances.shape)
-        figure, axes = new_figure(3.6)
+        figure, axes = _new_figure(3.6)
         axes.plot(blocks, distances, "o", label=[f"head {head}" for head in heads])
         axes.margins(y=0.3)  # before ylim, so that no dot is cut
         axes.axhline(even.item(), color="black", linestyle="--", label="equal attention to all")

@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import train
 from vit.config import (
+    MAY_DIFFER,
     SECTIONS,
     Config,
     DataConfig,
@@ -32,7 +33,10 @@ OUTSIDE = {  # the nearest values that the numbers do not take, as paper and com
         train.batch_size train.accumulation_steps train.learning_rate train.checkpoint_minutes""",
     "1": """model.drop_rate model.norm_eps data.val_fraction train.warmup_fraction
         train.label_smoothing""",
-    "1.1": "train.cutmix",
+    "1.1": "train.cutmix train.finish_cutmix train.finish_crop",
+    "1025": "train.crop_padding",
+    "1e20": "train.crop_padding",
+    "1e300": "train.learning_rate train.muon_learning_rate train.weight_decay train.clip_norm",
     "4294967296": "data.split_seed train.seed",
     ".inf": "train.learning_rate train.muon_learning_rate train.weight_decay train.clip_norm",
 }
@@ -153,7 +157,8 @@ def test_files_and_flags_that_are_no_configuration_are_refused_in_one_line(file)
 
 
 def test_a_resumed_run_keeps_its_settings_but_for_its_device_and_the_place_of_its_data(file):
-    file.write_text("train: {epochs: 7}\ndata: {root: a}\n")
+    (file.parent / "a").mkdir()
+    file.write_text(f"train: {{epochs: 7}}\ndata: {{root: {file.parent}/a}}\n")
     config = read("--config", file)
 
     def resume(*argv):
@@ -163,7 +168,8 @@ def test_a_resumed_run_keeps_its_settings_but_for_its_device_and_the_place_of_it
     moved = resume("--data.root", "b", "--train.device", "cpu")
     assert resume() == config and moved.data == dataclasses.replace(config.data, root="b")
     assert moved.train == dataclasses.replace(config.train, device="cpu")
-    for flag in {*KEYS, "config", "run_dir"} - {"data.root", "train.device"}:
+    assert resume("--train.execution", "eager", "--train.teacher", "t").train.teacher == "t"
+    for flag in {*KEYS, "config", "run_dir"} - {*MAY_DIFFER}:
         value = str(KEYS.get(flag, ("x",))[0]).lower()  # even the value that it has
         assert f"--{flag} does not go with --resume" in refusal(resume, f"--{flag}={value}")
 

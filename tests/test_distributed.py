@@ -158,13 +158,13 @@ def test_a_lost_rank_a_signal_and_a_mistake_end_all_processes_with_one_line(
     (tmp_path / "bad").mkdir()
     bad = write_tiny_config(tmp_path / "bad", image_folder, batch_size=7)
     agents = {  # at the same time, since most of the time is spent on starting
-        name: torchrun("train.py", "--config", file, "--run_dir", tmp_path / f"run {name}")
+        name: torchrun("train.py", "--config", file, "--run_dir", tmp_path / f"run-{name}")
         for name, file in (("killed", config), ("stopped", config), ("mistaken", bad))
     }
     assert "train.batch_size 7" in check_one_line_and_no_process_left(agents.pop("mistaken"))
-    assert not (tmp_path / "run mistaken").exists()
+    assert not (tmp_path / "run-mistaken").exists()
     for name, agent in agents.items():
-        run_dir, deadline = tmp_path / f"run {name}", time.monotonic() + 60
+        run_dir, deadline = tmp_path / f"run-{name}", time.monotonic() + 60
         path = run_dir / checkpoint.NAME
         while not path.exists() or checkpoint.load(path)["step"] == 0:
             assert agent.poll() is None and time.monotonic() < deadline

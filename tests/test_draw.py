@@ -73,7 +73,7 @@ def test_what_cannot_be_drawn_is_one_line_and_exit_code_2(flags, tmp_path, capsy
     for argv, message in (
         (["--only", "block", "bloc"], f"--only bloc: the pictures are {names}"),
         (["--checkpoint", f"{tmp_path}/no.pt"], f"{tmp_path}/no.pt: no such file"),
-        (["--checkpoint", f"{tmp_path}/renamed.pt"], "class a is not there"),
+        (["--checkpoint", f"{tmp_path}/renamed.pt"], "its classes are not the checkpoint's"),
         (["--only", "block", "--out", f"{tmp_path}/file/x"], f"--out {tmp_path}/file/x: "),
         (["--data.name", "mnist"], "data.name"),
     ):

@@ -146,8 +146,8 @@ def test_what_cannot_be_evaluated_is_one_line_and_exit_code_2(file, tmp_path, ca
     for options, message in (
         ({"--checkpoint": tmp_path / "no.pt"}, f"{tmp_path}/no.pt: no such file"),
         ({"--checkpoint": tmp_path / "file"}, f"{tmp_path}/file: cannot be read as a checkpoint"),
-        ({"--data.root": "no/such"}, "no/such/train: "),
-        ({"--data.root": other}, f"data.root {other}: the checkpoint's class bee"),
+        ({"--data.root": "no/such"}, "no/such/test: no such folder"),
+        ({"--data.root": other}, f"{other}/test: class bug is not one of the training's"),
         ({"--figures": tmp_path / "file" / "x"}, f"{tmp_path}/file/x: "),
         ({"--images": tmp_path / "file"}, f"{tmp_path}/file: not a readable image"),
         ({"--images": tmp_path / "empty"}, f"--images {tmp_path}/empty: no image"),

@@ -115,7 +115,7 @@ def test_dropout_is_in_attention_mlps_and_before_the_head_in_training_only():
     places = {
         name: module.dropout if isinstance(module, SelfAttention) else module.p
         for name, module in model.named_modules()
-        if isinstance(module, (SelfAttention, nn.Dropout))
+        if isinstance(module, SelfAttention | nn.Dropout)
     }
     block = ("attention", "mlp.2", "mlp.4")
     names = ["dropout", *(f"blocks.{i}.{name}" for i in (0, 1) for name in block)]

@@ -128,7 +128,8 @@ EFFECTS = """train.epochs=3 train.batch_size=7 train.accumulation_steps=4 train.
 train.learning_rate=2e-3 train.weight_decay=0.1 train.clip_norm=1e-9 train.schedule=cosine
 train.warmup_fraction=0.5 train.label_smoothing=0.1 train.crop_padding=0
 train.horizontal_flip=false train.cutmix=0.5 train.finish_crop=0.5 train.seed=4
-train.precision=bfloat16 data.image_size=8 data.normalization=imagenet data.val_fraction=0.25 data.split_seed=1 model.drop_rate=0"""
+train.precision=bfloat16 data.image_size=8 data.normalization=imagenet
+data.val_fraction=0.25 data.split_seed=1 model.drop_rate=0"""
 # Those that must not change them here, or that other tests are about.
 NO_EFFECT = {"init_from", "teacher", "device", "execution", "checkpoint_minutes"}
 NO_EFFECT |= {"deterministic", "evaluate_test", "muon_learning_rate", "finish_cutmix"}

@@ -1,8 +1,12 @@
 """What training changes, and files of it that are either whole or not there."""
 
+import dataclasses
+import functools
+import hashlib
 import io
 import math
 import os
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from torch.optim import Optimizer
 from vit.classifier import Classifier
 from vit.config import Config
 from vit.distributed import wrap
-from vit.errors import InputError
+from vit.errors import InputError, say
 from vit.model import ViT
 
 FORMAT = "vit checkpoint 3"
@@ -23,7 +27,10 @@ NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 # The parts of a file and their types: of weights, and what a run adds to go on.
 WEIGHTS_PARTS = {"config": dict, "classes": list, "fingerprint": str, "classifier": dict}
 NUMBERS = {"step": int, "seconds": float, "history": list, "test": dict | None}
-RUN_PARTS = WEIGHTS_PARTS | NUMBERS | {"optimizers": list, "loss_sum": Tensor}
+COLUMNS = ["epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate"]  # of metrics.csv
+COLUMNS += ["images_per_second", "seconds"]
+RUN_PARTS = WEIGHTS_PARTS | NUMBERS
+RUN_PARTS |= {"optimizers": list, "loss_sum": Tensor, "teacher": str}
 
 
 class TrainState:
@@ -75,11 +82,20 @@ class TrainState:
             setattr(self, name, saved[name])
 
 
+def digest(classifier: Classifier) -> str:
+    """Return the SHA-256 of a classifier's tensors, in order."""
+    sha = hashlib.sha256()
+    for tensor in classifier.state_dict().values():
+        sha.update(tensor.cpu().numpy())
+    return sha.hexdigest()
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write and rename a temporary file. Raises OSError where that fails; `path` is as before."""
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # of a killed process; or a link that somebody put there
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:  # a new file, through no link
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -88,8 +104,18 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # the rename itself reaches the disk with its folder
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        except OSError as error:
+            warn_once(f"{path.parent}: this file system cannot sync a folder: {error.strerror}")
+        finally:
+            os.close(folder)
+
+
+@functools.cache
+def warn_once(line: str) -> None:
+    """Say what a file system cannot do, without which a run goes on."""
+    say(line, sys.stderr)
 
 
 def save(content: dict[str, Any], folder: Path) -> None:
@@ -112,9 +138,11 @@ def read_verified(path: Path) -> Any:
     try:
         with open(path, "rb") as file:  # torch.load itself compares no checksums
             is_archive = file.read(2) == b"PK"  # torch's format before 1.6 has none
-            damaged = zipfile.ZipFile(file).testzip() if is_archive else None
-        if damaged:
-            raise ValueError(f"the checksum of {damaged} does not agree")
+            archive = zipfile.ZipFile(file) if is_archive else None
+            if archive and any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
+                raise ValueError("it is compressed, which torch.save does not do")
+            if archive and (damaged := archive.testzip()):
+                raise ValueError(f"the checksum of {damaged} does not agree")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -132,6 +160,15 @@ def load(path: Path, parts: dict[str, Any] = RUN_PARTS) -> dict[str, Any]:
         for name, kind in parts.items():
             if name not in saved or not isinstance(saved[name], kind):
                 raise InputError(f"{path}: its part {name!r} is missing or of another type")
+        rows = saved["history"] if "history" in parts else []
+        is_table = all(
+            isinstance(row, dict)
+            and [*row] == COLUMNS
+            and all(isinstance(value, int | float) for value in row.values())
+            for row in rows
+        )
+        if not is_table or not all(isinstance(name, str) for name in saved["classes"]):
+            raise InputError(f"{path}: its history or its classes are of another type")
         return saved
     except InputError as error:
         previous = path.with_name(PREVIOUS)
@@ -163,7 +200,9 @@ def export(source: str | Path, target: Path) -> int:
 
     Raises InputError where `target` exists or cannot be written.
     """
-    *_, saved = load_classifier(source)
+    _, config, saved = load_classifier(source)
+    data = dataclasses.replace(config.data, root="data")  # not a path of this machine
+    saved["config"] = dataclasses.replace(config, data=data).to_dict()
     if target.exists():
         raise InputError(f"--export {target}: exists already")
     content = to_bytes({name: saved[name] for name in (*WEIGHTS_PARTS, "test") if name in saved})

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-import math
+import os
 from argparse import SUPPRESS, ArgumentError
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,12 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, OpenUnitInte
 from jsonargparse.typing import restricted_number_type as restricted
 
 from vit.errors import InputError
+from vit.images import class_names
 from vit.model import ViT
 
-PositiveNumber = restricted("PositiveNumber", float, [(">", 0), ("<", math.inf)])
-NonNegativeNumber = restricted("NonNegativeNumber", float, [(">=", 0), ("<", math.inf)])
+PositiveNumber = restricted("PositiveNumber", float, [(">", 0), ("<=", 1e9)])  # float32 holds it
+NonNegativeNumber = restricted("NonNegativeNumber", float, [(">=", 0), ("<=", 1e9)])
+Padding = restricted("Padding", int, [(">=", 0), ("<=", 1024)])
 Fraction = restricted("Fraction", float, [(">=", 0), ("<", 1)])
 Seed = restricted("Seed", int, [(">=", 0), ("<", 2**32)])
 
@@ -89,7 +91,7 @@ class TrainConfig:
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_fraction: Fraction = 0.0
     label_smoothing: Fraction = 0.0
-    crop_padding: NonNegativeInt = 4
+    crop_padding: Padding = 4
     horizontal_flip: bool = True
     cutmix: ClosedUnitInterval = 0.0
     finish_cutmix: ClosedUnitInterval = 0.0
@@ -112,6 +114,8 @@ class TrainConfig:
         return recipe
 
 
+PATHS = ("data", "root"), ("train", "init_from"), ("train", "teacher")
+MAY_DIFFER = "data.root", "train.device", "train.execution", "train.teacher"  # when resumed
 SECTIONS = {"model": ViT, "data": DataConfig, "train": TrainConfig}
 
 
@@ -133,6 +137,8 @@ class Config:
         except ArgumentError as error:
             raise InputError(error) from None
         model, data, train = (parsed[section] for section in SECTIONS)
+        for section, key in PATHS:
+            parsed[section][key] = os.path.expanduser(parsed[section][key])
         _check_model(model)
         config = Config(model, DataConfig(**data), TrainConfig(**train))
         _check_contradictions(config)
@@ -158,6 +164,8 @@ def _check_model(model: dict[str, Any]) -> None:
     for key, value in model.items():
         if type(value) is int and value < 1:
             raise InputError(f"model.{key} {value} is not positive")
+    if model["num_classes"] < 2:
+        raise InputError("model.num_classes 1 leaves nothing to choose")
     if not 0 <= model["drop_rate"] < 1:  # not nan either
         raise InputError(f"model.drop_rate {model['drop_rate']} is outside [0, 1)")
     if not 0 < model["norm_eps"] < 1:
@@ -192,8 +200,11 @@ def config_parser(with_flags: bool = False) -> ArgumentParser:
     if with_flags:
         parser.add_argument("--config", help="YAML file with the sections model, data and train.")
         parser.add_argument("--run_dir", help="Folder of the run; default runs/NAME of the config.")
-        help_ = "Go on with a run; only data.root and train.device may differ."
-        parser.add_argument("--resume", metavar="DIR", help=help_)
+        help_ = (
+            f"Go on with a run, of which only {', '.join(MAY_DIFFER)} may differ; with auto go on "
+        )
+        help_ += "with the run of --run_dir or, where it has no checkpoint, start it."
+        parser.add_argument("--resume", metavar="DIR|auto", help=help_)
     return parser
 
 
@@ -213,22 +224,56 @@ def read_config(flags: dict[str, Any]) -> Config:
     if not file.is_file():
         raise InputError(f"--config {file}: no such file")
     try:
-        sections = config_parser().parse_path(file, defaults=False).as_dict()
+        text = file.read_bytes().decode("utf-8")
+        sections = config_parser().parse_string(text, defaults=False).as_dict()
     except (ArgumentError, ValueError, TypeError, RecursionError) as error:  # of the YAML
         raise InputError(f"{file}: {error}") from None
     try:
-        return Config.from_dict(sections | {s: sections.get(s, {}) | given[s] for s in given})
+        sections |= {s: sections.get(s, {}) | given[s] for s in given}
+        config = Config.from_dict(sections)
+        folder, model = Path(config.data.root, "train"), sections.get("model", {})
+        if config.data.name != "image_folder" or "num_classes" in model or not folder.is_dir():
+            return config
+        model = model | {"num_classes": len(class_names(folder))}
+        return Config.from_dict(sections | {"model": model})
     except InputError as error:
         where = f"{file} with the flags given" if given else file
         raise InputError(f"{where}: {error}") from None
 
 
 def resumed_config(flags: dict[str, Any], saved: dict) -> Config:
-    """Return a saved configuration with the flags' data.root and train.device, or InputError."""
+    """Return a saved configuration with what may differ, by the flags. Raises InputError."""
+    if flags["resume"] == "auto":  # the command of the start again, which must say the same
+        config = read_config(flags).to_dict()
+        flags = {"data": {"root": config["data"]["root"]}}
+        for section, values in saved.items():
+            for key, value in values.items():
+                own = config[section][key]
+                if f"{section}.{key}" in MAY_DIFFER:
+                    saved = saved | {section: saved[section] | {key: own}}
+                elif own != value and (key, own) != ("precision", "auto"):
+                    raise InputError(
+                        f"--resume auto: the run has {section}.{key} {value}, not {own}"
+                    )
+    root = {"root": flags["data"]["root"]} if "root" in flags.get("data", {}) else {}
     for flag, value in config_parser(True).parse_object(flags, defaults=False).items():
         section, _, key = flag.partition(".")
-        if flag in ("data.root", "train.device"):
+        if flag in MAY_DIFFER:
             saved = saved | {section: saved[section] | {key: value}}
         elif flag != "resume":
             raise InputError(f"--{flag} does not go with --resume: a run keeps its settings")
-    return Config.from_dict(saved)
+    config = Config.from_dict(saved)
+    return dataclasses.replace(config, data=with_root(config.data, root))
+
+
+def with_root(saved: DataConfig, given: Namespace | dict[str, Any]) -> DataConfig:
+    """Return a checkpoint's data with the name and root given, for a folder that is there.
+
+    A checkpoint of somebody else must not choose where data is downloaded to. Raises InputError.
+    """
+    given = {key: value for key, value in dict(given).items() if value is not None}
+    if "root" in given:
+        given["root"] = os.path.expanduser(given["root"])
+    elif saved.name != "shapes" and saved.root != "data" and not Path(saved.root).is_dir():
+        raise InputError(f"data.root {saved.root}, which the checkpoint names, is not there")
+    return dataclasses.replace(saved, **given)

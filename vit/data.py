@@ -1,8 +1,10 @@
 """The data sets. Each split is one uint8 tensor (N, 3, S, S), decoded once."""
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +14,8 @@ from torch import Tensor
 
 from vit.config import DataConfig, TrainConfig
 from vit.distributed import WORLD_SIZE, rank_0_first, share
-from vit.errors import InputError
+from vit.errors import InputError, say
+from vit.images import Unreadable, class_names, load_folder
 from vit.shapes import SHAPES, draw_shapes
 
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and std, as torchvision gives them
@@ -34,7 +37,7 @@ class Dataset:
 
     train: Split
     val: Split
-    test: Split
+    test: Split | None  # an image folder may have none
     classes: list[str]
     mean: list[float]  # of each channel, for pixels in [0, 1]
     std: list[float]
@@ -78,54 +81,115 @@ class Batches:
 
 def load_dataset(config: DataConfig, image_size: int, num_classes: int) -> Dataset:
     """Load the splits for a model onto the CPU. Raises InputError, naming the file or key."""
-    size = config.image_size or image_size
+    classes, parts, faults = None, {}, []
     if config.name == "image_folder":
-        from vit.images import load_folders  # here, since importing torchvision takes a second
-
-        train, test, classes = load_folders(Path(config.root), size)
-    elif config.name == "cifar10":
-        train, test, classes = _cifar10(config.root)
+        classes = class_names(Path(config.root, "train"))
+    for name in "test", "train", "val":  # the largest later: reading it takes memory beside it
+        try:
+            parts[name], classes = load_split(config, name, image_size, classes)
+            if num_classes != len(classes):
+                fault = f"model.num_classes {num_classes}: the data has {len(classes)} classes"
+                raise InputError(fault)
+        except Unreadable as error:
+            faults.append(str(error))
+    if faults:  # of all folders, so that one try names them
+        raise InputError("; ".join(faults))
+    train, val, test = parts["train"], parts["val"], parts["test"]
+    if train is None:
+        raise InputError(f"{config.root}/train: no such folder")
+    if len(train.labels.unique()) < len(classes):
+        raise InputError(f"{config.root}/train: a class has no image")
+    if val:
+        say(f"validation images: the {len(val.labels)} of {config.root}/val", sys.stderr)
     else:
-        arrays, classes = (draw_shapes(10_000, seed=0), draw_shapes(2_000, seed=1)), list(SHAPES)
-        train, test = ([torch.from_numpy(array) for array in pair] for pair in arrays)
-    train, test = Split(*train), Split(*test)
-    if num_classes != len(classes):
-        raise InputError(f"model.num_classes {num_classes}: the data has {len(classes)} classes")
-    if size != train.images.shape[-1]:
+        train, val = hold_out(train, config)
+    mean, std = IMAGENET
+    if config.normalization == "training_images":
+        mean, std = mean_and_std(train.images)
+    sha = hashlib.sha256()
+    for split in filter(None, (train, val, test)):
+        for tensor in split:
+            sha.update(tensor.numpy())
+    return Dataset(train, val, test, classes, mean, std, sha.hexdigest())
+
+
+def load_split(
+    config: DataConfig, name: str, image_size: int, classes: list[str] | None
+) -> tuple[Split | None, list[str]]:
+    """Load "train", "val" or "test", None where a data set has no such part; and its classes.
+
+    Raises InputError, naming the file or key, also where the classes are not those given.
+    """
+    size, folder = config.image_size or image_size, Path(config.root, name)
+    if config.name == "image_folder":
+        split = Split(*load_folder(folder, classes, size)) if folder.is_dir() else None
+        return split, classes
+    if size != 32:
         key = "data.image_size" if config.image_size else "model.image_size"
         advice = "; data.image_size 32 enlarges them" if image_size > 32 else ""
         raise InputError(f"{key} {size}: {config.name} has images of 32 px{advice}")
-    count = len(train.labels)
+    if name == "val":
+        return None, classes
+    if config.name == "cifar10":
+        split, found = _cifar10(config.root, is_train=name == "train")
+    else:
+        arrays = draw_shapes(10_000, seed=0) if name == "train" else draw_shapes(2_000, seed=1)
+        split, found = Split(*map(torch.from_numpy, arrays)), list(SHAPES)
+    if classes not in (None, found):
+        raise InputError(f"data.name {config.name}: its classes are not the checkpoint's")
+    return split, found
+
+
+def hold_out(split: Split, config: DataConfig) -> tuple[Split, Split]:
+    """Return training and validation images: views of one tensor, reordered in its own memory."""
+    count = len(split.labels)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(config.split_seed))
     held_out = round(count * config.val_fraction)
     if not 0 < held_out < count:
         raise InputError(f"data.val_fraction {config.val_fraction} of {count} images: none or all")
-    train, val = (Split(*(t[i] for t in train)) for i in (order[held_out:], order[:held_out]))
-
-    mean, std = IMAGENET
-    if config.normalization == "training_images":
-        pairs = [torch.std_mean(c.double() / 255, correction=0) for c in train.images.unbind(1)]
-        # Images of one colour have no spread, and dividing by 0 would make every loss nan.
-        std, mean = [max(s.item(), 1e-3) for s, _ in pairs], [m.item() for _, m in pairs]
-    sha = hashlib.sha256()
-    for tensor in (*train, *val, *test):
-        sha.update(tensor.numpy())
-    return Dataset(train, val, test, classes, mean, std, sha.hexdigest())
+    for columns in split.images.view(count, -1).chunk(16, dim=1):  # less memory than all at once
+        columns.copy_(columns[order])
+    labels = split.labels[order]
+    return tuple(
+        Split(split.images[i], labels[i]) for i in (slice(held_out, None), slice(held_out))
+    )
 
 
-def _cifar10(root: str) -> tuple[tuple, tuple, list[str]]:
-    from torchvision.datasets import CIFAR10
+def mean_and_std(images: Tensor) -> tuple[list[float], list[float]]:
+    """Return those of each channel, exactly: from the counts of its 256 values."""
+    counts = torch.zeros(3, 256, dtype=torch.float64)
+    for part in images.split(64):
+        for channel, own in enumerate(part.unbind(1)):
+            counts[channel] += torch.bincount(own.flatten(), minlength=256)
+    values, shares = torch.arange(256).double() / 255, counts / counts.sum(1, keepdim=True)
+    mean = shares @ values
+    variance = (shares * (values - mean[:, None]) ** 2).sum(1)
+    # Images of one colour have no spread, and dividing by 0 would make every loss nan.
+    return mean.tolist(), variance.sqrt().clamp(min=1e-3).tolist()
 
+
+def _cifar10(root: str, is_train: bool) -> tuple[Split, list[str]]:
+    """Return a part of CIFAR-10 and the names of its classes; it is downloaded if need be."""
+    from torchvision.datasets import CIFAR10  # here, since importing torchvision takes a second
+
+    entries, images, labels = CIFAR10.train_list if is_train else CIFAR10.test_list, None, []
     try:
         with rank_0_first():
-            parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, EOFError) as error:  # no network, no disk, a damaged archive
+            for i, entry in enumerate(entries):  # one file at a time: less memory
+                alone = dict(train_list=[entry], test_list=[])
+                part = type("File", (CIFAR10,), alone)(root, download=True)
+                pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2)
+                if images is None:
+                    images = torch.empty(len(entries) * len(pixels), 3, 32, 32, dtype=torch.uint8)
+                images[i * len(pixels) : (i + 1) * len(pixels)] = pixels
+                labels += part.targets
+                classes = part.classes
+                del part, pixels  # before the next file is read
+    except (OSError, RuntimeError, EOFError, HTTPException) as error:  # network, disk, archive
         fault = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
             f"CIFAR-10 could not be downloaded or read ({fault}): put {CIFAR10.filename} (MD5 "
             f"{CIFAR10.tgz_md5}) into {root} and remove {Path(root, CIFAR10.base_folder)}; without "
             "a download: --data.name image_folder --data.root DIR, or --config configs/shapes.yaml"
         ) from None
-    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
-    train, test = zip(images, [torch.tensor(part.targets) for part in parts], strict=True)
-    return train, test, parts[0].classes
+    return Split(images, torch.tensor(labels)), classes

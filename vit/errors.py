@@ -1,10 +1,12 @@
-"""Errors that a user sees as one line, and the exit codes that go with them."""
+"""Errors that a user sees as one line, the exit codes that go with them, and what is printed."""
 
+import contextlib
 import functools
+import io
 import os
 import sys
 
-import torch
+NO_MEMORY = "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED"
 
 
 class InputError(ValueError):
@@ -22,23 +24,50 @@ class Stopped(Exception):
         self.code = code
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Say whether memory was short. The allocators of CPUs, MPS and cuDNN raise RuntimeError."""
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in NO_MEMORY)
+    return isinstance(error, MemoryError)
+
+
+def printable(text: object) -> str:
+    """Return a text with escapes for control characters and for bytes that are no characters."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(text))
+
+
+def say(text: object, file: io.TextIOBase | None = None) -> None:
+    """Print what is printable of a text; to a closed pipe or a full disk nothing."""
+    stream = sys.stdout if file is None else file
+    try:
+        print(printable(text), file=stream, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError):  # what Python flushes at the end goes nowhere, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def one_line_errors(script: str):
     """Decorate a script's main function: its errors become one line and the exit code."""
 
     def decorate(main):
         @functools.wraps(main)
         def wrapper(argv: list[str] | None = None) -> int:
+            for stream in sys.stdout, sys.stderr:
+                if isinstance(stream, io.TextIOWrapper):  # an old code page lacks characters
+                    stream.reconfigure(errors="backslashreplace")
             try:
                 main(sys.argv[1:] if argv is None else argv)
                 return 0
             except (InputError, Stopped) as error:
                 line, code = error, getattr(error, "code", 2)
-            except torch.OutOfMemoryError:
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 line, code = "out of memory: raise train.accumulation_steps or lower the batch", 1
             except KeyboardInterrupt:
                 line, code = "stopped by SIGINT", 130
-            if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-                print(f"{script}: {line}", file=sys.stderr)
+            if getattr(line, "speaks", os.environ.get("RANK", "0") == "0"):  # one of several does
+                say(f"{script}: {line}", sys.stderr)
             return code
 
         return wrapper

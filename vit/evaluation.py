@@ -1,6 +1,5 @@
 """Accuracy of a classifier on N images and K classes, each image counted exactly once."""
 
-import dataclasses
 import sys
 from typing import Any, Literal
 
@@ -10,10 +9,10 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from vit.classifier import BEST_WEIGHTS, Classifier
-from vit.config import Config
-from vit.data import Dataset, Split, load_dataset
+from vit.config import Config, with_root
+from vit.data import Split, load_dataset, load_split
 from vit.distributed import share, total
-from vit.errors import InputError
+from vit.errors import InputError, say
 
 
 def weights_parser() -> ArgumentParser:
@@ -27,17 +26,18 @@ def weights_parser() -> ArgumentParser:
     return parser
 
 
-def load_data(args: Namespace, config: Config, saved: dict[str, Any]) -> Dataset:
-    """Load the images for a checkpoint. Raises InputError where their classes do not agree."""
-    given = {key: value for key, value in vars(args.data).items() if value is not None}
-    where, classes = dataclasses.replace(config.data, **given), saved["classes"]
-    print(f"weights {args.checkpoint}, data {where.name} in {where.root}", file=sys.stderr)
-    data = load_dataset(where, config.model["image_size"], len(classes))
-    for expected, found in zip(classes, data.classes, strict=True):
-        if expected != found:
-            fault = f"the checkpoint's class {expected} is not there"
-            raise InputError(f"data.root {where.root}: {fault}")
-    return data
+def load_images(args: Namespace, config: Config, saved: dict[str, Any], split: str) -> Split:
+    """Load the test or validation images for a checkpoint. Raises InputError, naming the fault."""
+    where, size = with_root(config.data, args.data), config.model["image_size"]
+    say(f"weights {args.checkpoint}, data {where.name} in {where.root}", sys.stderr)
+    if split == "val":  # those held out of the training, if these are the training's images
+        data = load_dataset(where, size, len(saved["classes"]))
+        data.require(saved["fingerprint"], f"--split val: {args.checkpoint}")
+        return data.val
+    images, _ = load_split(where, "test", size, saved["classes"])
+    if images is None:
+        raise InputError(f"{where.root}/test: no such folder")
+    return images
 
 
 @torch.no_grad()
@@ -72,3 +72,10 @@ def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
     classes = logits.shape[1]
     cells = labels * classes + logits.argmax(1)
     return torch.bincount(cells, minlength=classes**2).view(classes, classes)
+
+
+def class_accuracy(logits: Tensor, labels: Tensor) -> list[float | None]:
+    """Return the accuracy of each class in percent, None for a class without images."""
+    confusion = confusion_matrix(logits, labels)
+    pairs = zip(confusion.diagonal().tolist(), confusion.sum(1).tolist(), strict=True)
+    return [100 * correct / count if count else None for correct, count in pairs]

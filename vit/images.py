@@ -1,5 +1,8 @@
-"""Images from files: a folder for each class, or one image of any size and mode."""
+"""Images from files: a folder for each class, or images of any size and mode."""
 
+import os
+import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -7,51 +10,112 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import is_image_file
 from tqdm import tqdm
 
-from vit.errors import InputError
+from vit.errors import InputError, say
+
+# Named, so that no format starts another program, as EPS does. The endings that go with them.
+KNOWN = {"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO"}
+Image.init()
+FORMATS = sorted(KNOWN & Image.OPEN.keys())  # AVIF is not in every Pillow
+ENDINGS = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
 
 
-def load_folders(root: Path, size: int) -> tuple[tuple, tuple, list[str]]:
-    """Return uint8 images (N, 3, size, size) and labels of train and test, or raise InputError."""
-    train, test = (_Folder(root / name) for name in ("train", "test"))
-    odd = sorted({*train.classes} ^ {*test.classes})
-    if odd:
-        raise InputError(f"{root}: class {odd[0]} is in only one of train and test")
-    return train.decode(size), test.decode(size), train.classes
+class Unreadable(InputError):
+    """Some images of a folder cannot be read; other folders may hold more of them."""
 
 
-class _Folder(ImageFolder):
-    """ROOT/CLASS/*.jpg and other images, without hidden files."""
+def find_images(folder: Path) -> tuple[list[Path], Counter]:
+    """Return the images in a folder and its subfolders, each once, and the endings of the others.
 
-    def __init__(self, root: Path):
+    Raises InputError where there is no such folder.
+    """
+    found, seen, left_out = [], set(), Counter()
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(parent))  # a link may lead back to a folder above
+        folders[:] = [
+            name
+            for name in folders
+            if name[0] != "." and os.path.realpath(os.path.join(parent, name)) not in seen
+        ]
+        for name in names:
+            path = Path(parent, name)
+            real = os.path.realpath(path)
+            if name[0] == "." or real in seen or not path.is_file():  # a pipe, say
+                continue
+            seen.add(real)
+            if path.suffix.lower() in ENDINGS:
+                found.append(path)
+            else:
+                left_out[path.suffix] += 1
+    return sorted(found), left_out
+
+
+def say_left_out(folder: Path, left_out: Counter) -> None:
+    """Say, in one line, how many files are not used, by their endings."""
+    if left_out:
+        endings = ", ".join(f"{count} {end or 'without one'}" for end, count in left_out.items())
+        say(f"{folder}: left out by their endings: {endings}", sys.stderr)
+
+
+def class_names(folder: Path) -> list[str]:
+    """Return the names of the subfolders, without hidden ones. Raises InputError."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    names = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
+    if not names:
+        raise InputError(f"{folder}: no subfolder, of which each would be a class")
+    return names
+
+
+def load_folder(folder: Path, classes: list[str], size: int) -> tuple[Tensor, Tensor]:
+    """Return all images of folder/CLASS/*, uint8 (N, 3, size, size), and their labels (N,).
+
+    Raises InputError for a class that is not in `classes`, and where images cannot be read.
+    """
+    files, labels, left_out = [], [], Counter()
+    for name in class_names(folder):
+        if name not in classes:
+            raise InputError(f"{folder}: class {name} is not one of the training's")
+        found, others = find_images(folder / name)
+        left_out += others
+        files, labels = files + found, labels + [classes.index(name)] * len(found)
+    say_left_out(folder, left_out)
+    if not files:
+        raise InputError(f"{folder}: no image in its subfolders")
+    without = [name for label, name in enumerate(classes) if label not in labels]
+    if without:
+        say(f"{folder}: no images of {', '.join(without)}", sys.stderr)
+    warn_of_small_size(files[0], size)
+    images, faults = torch.empty(len(files), 3, size, size, dtype=torch.uint8), []
+
+    def decode_one(i: int) -> None:
         try:
-            super().__init__(root, is_valid_file=self.is_image)
-        except (OSError, ValueError) as error:  # no folder, no classes, a class without images
-            raise InputError(f"{root}: {error}") from None
+            images[i] = decode(files[i], size)
+        except InputError as error:
+            faults.append(str(error))
 
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
-        return names, {name: label for label, name in enumerate(names)}
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow releases Python's lock
+        done = pool.map(decode_one, range(len(files)))
+        for _ in tqdm(done, "decoding", len(files), unit=" images", leave=False, disable=None):
+            pass
+    if faults:
+        first = "; ".join(sorted(faults)[:3])
+        raise Unreadable(f"{folder}: {len(faults)} images cannot be read: {first}")
+    return images, torch.tensor(labels)
 
-    def is_image(self, path: str) -> bool:
-        parts = Path(path).relative_to(self.root).parts
-        return is_image_file(path) and all(part[0] != "." for part in parts)
 
-    def decode(self, size: int) -> tuple[Tensor, Tensor]:
-        """Decode every image into one tensor, by a thread a core: Pillow releases Python's lock."""
-        images = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
-
-        def decode_one(i: int) -> None:
-            images[i] = decode(self.samples[i][0], size)
-
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            done = pool.map(decode_one, range(len(self)))
-            for _ in tqdm(done, "decoding", len(self), unit=" images", leave=False, disable=None):
-                pass
-        return images, torch.tensor(self.targets)
+def warn_of_small_size(file: Path, size: int) -> None:
+    """Say so where an image is kept at less than half of its height and width."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            found = min(image.size)
+    except Exception:  # `decode` will name the fault
+        return
+    if found > 2 * size:
+        say(f"{file}: has {found} px and is kept at {size} (see data.image_size)", sys.stderr)
 
 
 def decode(path: str | Path, size: int) -> Tensor:
@@ -60,7 +124,7 @@ def decode(path: str | Path, size: int) -> Tensor:
     Raises InputError, naming the file.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself may only warn
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
             return torch.from_numpy(np.array(_to_square_rgb(image, size))).permute(2, 0, 1)
@@ -70,12 +134,25 @@ def decode(path: str | Path, size: int) -> Tensor:
 
 def _to_square_rgb(image: Image.Image, size: int) -> Image.Image:
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16 bits or more a pixel, which convert() would clip
-        values = np.asarray(image, np.float64)
-        top = 65535 if values.max() > 255 else 255
-        image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+    if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which convert() would clip
+        image = Image.fromarray(to_8_bits(np.asarray(image)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     return image if image.size == (size, size) else ImageOps.fit(image, (size, size))
+
+
+def to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Scale 0..65535 of whole numbers, or 0..1 of floats, to 0..255: for all images alike.
+
+    Raises ValueError where the values are outside, or where their range looks like another one,
+    such as 12 bits in 16: a scale taken from each image would make them unlike each other.
+    """
+    top, least = (1.0, 0.0) if values.dtype.kind == "f" else (65535, 32768)
+    low, high = values.min(), values.max()
+    is_full = high == 0 or least <= high <= top
+    if low < 0 or not is_full:  # nan is not
+        advice = "scale all images to 8 bits first"
+        raise ValueError(f"its values are {low:g} to {high:g}, not up to {top:g}: {advice}")
+    return (values * (255 / top)).round().astype(np.uint8)

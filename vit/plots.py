@@ -4,7 +4,11 @@ All are 10 inches wide: shown 880 pixels wide, matplotlib's 10 points are 12 pix
 Training imports this module, so matplotlib is imported where it is used.
 """
 
+import contextlib
+import io
 import math
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vit import analysis
+from vit.checkpoint import write_atomically
 from vit.classifier import Classifier
-from vit.evaluation import confusion_matrix
+from vit.evaluation import class_accuracy, confusion_matrix
 
 CURVES = {  # columns of metrics.csv
     "train_loss": "training loss (nats)",
@@ -23,24 +28,30 @@ CURVES = {  # columns of metrics.csv
 }
 
 
-def new_figure(height: float, columns: int = 1):
-    """Return a figure of a height in inches, and its axes side by side."""
-    from matplotlib import style
+@contextlib.contextmanager
+def picture(path: Path, height: float, columns: int = 1) -> Iterator:
+    """Yield the axes, side by side, of a picture of a height in inches, then write it whole."""
+    from matplotlib import rc_context, style
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, height), dpi=120, layout="constrained")
-    with style.context("tableau-colorblind10"):
-        return figure, figure.subplots(1, columns)
+    # Names are not formulas, whatever signs they hold; a missing glyph is drawn as a box.
+    settings = rc_context({"text.parse_math": False})
+    with settings, style.context("tableau-colorblind10"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure = Figure(figsize=(10, min(height, 40)), dpi=120, layout="constrained")
+        yield figure.subplots(1, columns)
+        content = io.BytesIO()
+        figure.savefig(content, format="png")
+    write_atomically(path, content.getvalue())
 
 
 def plot_images(path: Path, panels: list[tuple[str, Tensor, str]]) -> None:
     """Draw images (3, H, W) side by side: a title, the image and a text below for each."""
-    figure, row = new_figure(1.4 + 9 / max(3, len(panels)), len(panels))
-    for axes, (title, image, text) in zip(row, panels, strict=True):
-        axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axes.set(xticks=[], yticks=[], xlabel=text)
-        axes.set_title(title, fontsize=11)
-    figure.savefig(path)
+    with picture(path, 1.4 + 9 / max(3, len(panels)), len(panels)) as row:
+        for axes, (title, image, text) in zip(row, panels, strict=True):
+            axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes.set(xticks=[], yticks=[], xlabel=text)
+            axes.set_title(title, fontsize=11)
 
 
 def shade(image: Tensor, weights: Tensor) -> Tensor:
@@ -54,46 +65,50 @@ def shade(image: Tensor, weights: Tensor) -> Tensor:
 
 def plot_runs(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw losses and validation accuracy by epoch from the rows of each run's metrics.csv."""
-    figure, row = new_figure(3.5, len(CURVES))
-    for axes, (key, title) in zip(row, CURVES.items(), strict=True):
-        for name, rows in runs.items():
-            epochs = [float(row["epoch"]) for row in rows]
-            values = [float(row[key]) for row in rows]
-            axes.plot(epochs, values, "o" if len(rows) == 1 else "-", label=name)
-        axes.set(title=title, xlabel="epoch")
-    if len(runs) > 1:
-        axes.legend()
-    figure.savefig(path)
+    with picture(path, 3.5, len(CURVES)) as row:
+        for axes, (key, title) in zip(row, CURVES.items(), strict=True):
+            for name, rows in runs.items():
+                epochs = [float(row["epoch"]) for row in rows]
+                values = [float(row[key]) for row in rows]
+                axes.plot(epochs, values, "o" if len(rows) == 1 else "-", label=name)
+            axes.set(title=title, xlabel="epoch")
+        if len(runs) > 1:
+            axes.legend()
 
 
 # Pictures of a split. Shapes: uint8 images (N, 3, S, S), logits (N, K), labels (N,).
 
 
 def plot_class_accuracy(images, logits, labels, classes: list[str], path: Path) -> None:
-    """Draw one bar per class, in percent."""
-    confusion = confusion_matrix(logits, labels)
-    percent = (100 * confusion.diagonal() / confusion.sum(1)).tolist()
-    figure, axes = new_figure(1 + 0.3 * len(classes))
-    axes.bar_label(axes.barh(classes, percent), fmt="%.1f", padding=3)
-    axes.invert_yaxis()
-    mean = sum(percent) / len(percent)
-    axes.set(xlabel=f"accuracy (%), mean {mean:.1f}", xlim=(0, 110), xticks=[])
-    figure.savefig(path)
+    """Draw one bar per class that has images, in percent."""
+    found = {
+        c: a for c, a in zip(classes, class_accuracy(logits, labels), strict=True) if a is not None
+    }
+    with picture(path, 1 + 0.3 * len(found)) as axes:
+        places = range(len(found))  # numbers, since names may be equal when drawn
+        axes.bar_label(axes.barh(places, list(found.values())), fmt="%.1f", padding=3)
+        axes.set_yticks(places, list(found))
+        axes.invert_yaxis()
+        mean = sum(found.values()) / len(found)
+        axes.set(xlabel=f"accuracy (%), mean {mean:.1f}", xlim=(0, 110), xticks=[])
 
 
 def plot_confusion(images, logits, labels, classes: list[str], path: Path) -> None:
-    """Draw the confusion matrix, each row in percent of its class."""
+    """Draw the confusion matrix, each row in percent of its class; of many classes only colours."""
     confusion = confusion_matrix(logits, labels)
-    percent, names = 100 * confusion / confusion.sum(1, keepdim=True), range(len(classes))
-    figure, axes = new_figure(1.5 + 0.4 * len(classes))
-    axes.imshow(percent.numpy(), "Blues", vmin=0, vmax=200, aspect="auto")  # pale, under text
-    for y, row in enumerate(percent.tolist()):
-        for x, value in enumerate(row):
-            axes.text(x, y, f"{value:.0f}", ha="center", va="center")
-    axes.set_xticks(names, classes, rotation=90 if len(classes) > 12 else 0)
-    axes.set_yticks(names, classes)
-    axes.set(xlabel="predicted class (% of the images of a row)", ylabel="true class")
-    figure.savefig(path)
+    percent = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    places = range(len(classes))
+    with picture(path, 1.5 + 0.4 * min(len(classes), 25)) as axes:
+        axes.set(xlabel="predicted class (% of the images of a row)", ylabel="true class")
+        is_small = len(classes) <= 25
+        axes.imshow(percent.numpy(), "Blues", vmin=0, vmax=200 if is_small else 100, aspect="auto")
+        if not is_small:
+            return
+        for y, row in enumerate(percent.tolist()):
+            for x, value in enumerate(row):
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center")  # on pale colours
+        axes.set_xticks(places, classes, rotation=90 if len(classes) > 12 else 0)
+        axes.set_yticks(places, classes)
 
 
 def plot_mistakes(images, logits, labels, classes: list[str], path: Path) -> None:

@@ -3,13 +3,15 @@
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vit.checkpoint import load_classifier, read_verified
-from vit.errors import InputError
+from vit.distributed import RANK
+from vit.errors import InputError, say
 from vit.model import ViT
 
 # Parts of torchvision's names, and ours; linear_1 and linear_2 are from before version 0.13.
@@ -25,6 +27,8 @@ NAMES = {
     "encoder.ln": "norm",
     "heads.head": "head",
 }
+NESTED = "model", "state_dict", "model_state_dict", "model_ema", "ema", "state_dict_ema", "module"
+PREFIXES = "module.", "_orig_mod.", "model.", "vit.", "network."  # of DDP, torch.compile, wrappers
 POSITIONS, HEAD = "positions.embedding.weight", "head.weight"
 
 
@@ -58,15 +62,20 @@ def resize_positions(positions: Tensor, num_tokens: int, class_tokens: int) -> T
     return torch.cat([special.float(), grid.flatten(1).T])
 
 
-def load_pretrained(vit: ViT, source: str) -> None:
+def load_pretrained(vit: ViT, source: str) -> str | None:
     """Put weights into a model: torchvision's, by one of its names or from a file, or our own.
 
     Positions of another resolution are resized, and a head of other classes replaced by zeros
-    (Section 3.2). Raises InputError, naming the source and the keys that differ.
+    (Section 3.2). Returns the fingerprint of the images that a checkpoint of ours has seen. Raises
+    InputError, naming the source and the keys that differ.
     """
     own, changes = vit.state_dict(), [f"weights of {source}"]
     try:
-        weights = from_torchvision(_read(source))
+        weights, fingerprint = _read(source)
+        weights = from_torchvision(without_prefixes(weights))
+        missing, unexpected = own.keys() - weights.keys(), weights.keys() - own.keys()
+        if missing or unexpected:
+            raise ValueError(f"missing {_first(missing)}; not expected: {_first(unexpected)}")
         old, tokens = weights.get(POSITIONS), vit.num_tokens
         if old is not None and len(old) != tokens:
             changes.append(f"positions resized from {len(old)} tokens to {tokens}")
@@ -79,21 +88,47 @@ def load_pretrained(vit: ViT, source: str) -> None:
         vit.load_state_dict(weights, strict=True)
     except (ValueError, RuntimeError, OSError) as error:  # ours; keys or sizes differ; no network
         raise InputError(f"train.init_from {source}: {error!s:.500}") from None
-    print(", ".join(changes), file=sys.stderr, flush=True)
+    if RANK == 0:
+        say(", ".join(changes), sys.stderr)
+    return fingerprint
 
 
-def _read(source: str) -> dict[str, Tensor]:
-    from torchvision.models import get_model_weights, list_models  # slow to import
+def without_prefixes(weights: dict) -> dict[str, Tensor]:
+    """Return the tensors of a file, which wrappers may have nested or given common prefixes."""
+    while not any(torch.is_tensor(value) for value in weights.values()):
+        inner = [weights[key] for key in NESTED if isinstance(weights.get(key), dict)]
+        if not inner:
+            raise ValueError("no dictionary of tensors")
+        weights = inner[0]
+    if not all(torch.is_tensor(value) for value in weights.values()):
+        raise ValueError("no dictionary of tensors alone")
+    prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in weights)), None)
+    if prefix is None:
+        return weights
+    return without_prefixes({key.removeprefix(prefix): t for key, t in weights.items()})
 
+
+def _first(keys: set[str]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return (", ".join(sorted(keys)[:3]) or "none") + more
+
+
+def _read(source: str) -> tuple[dict[str, Any], str | None]:
+    if source.endswith(".safetensors"):
+        advice = "torch.save(safetensors.torch.load_file(FILE), NEW) makes one that can be read"
+        raise ValueError(f"a file of safetensors, not of torch.save: {advice}")
     if Path(source).is_file():
         weights = read_verified(Path(source))
-        if isinstance(weights, dict) and "format" in weights:  # a checkpoint of our own
-            return load_classifier(source)[0].vit.state_dict()
-        if not isinstance(weights, dict) or not all(torch.is_tensor(t) for t in weights.values()):
+        if not isinstance(weights, dict):
             raise ValueError("no dictionary of tensors")
-        return weights
+        if "format" not in weights:
+            return weights, None
+        classifier, _, saved = load_classifier(source)  # a checkpoint of our own
+        return classifier.vit.state_dict(), saved["fingerprint"]
+    from torchvision.models import get_model_weights, list_models  # slow to import
+
     names = list_models(include="vit_*")
     if source not in names:
         raise ValueError(f"no such file, and none of torchvision's {', '.join(names)}")
     safe = dict(check_hash=True, map_location="cpu", weights_only=True)  # runs no code in it
-    return get_model_weights(source).DEFAULT.get_state_dict(**safe)
+    return get_model_weights(source).DEFAULT.get_state_dict(**safe), None

@@ -2,13 +2,16 @@
 
 import contextlib
 import csv
+import errno
 import io
 import os
-import shutil
+import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,12 @@ import torch
 from tqdm import tqdm
 
 from vit import checkpoint
-from vit.checkpoint import TrainState, write_atomically
-from vit.config import Config
+from vit.checkpoint import TrainState, digest, warn_once, write_atomically
+from vit.classifier import Classifier
+from vit.config import Config, read_config, resumed_config
 from vit.data import Batches, Dataset
 from vit.distributed import RANK, WORLD_SIZE, another_process_ended, rank_0_first
-from vit.errors import InputError, Stopped
+from vit.errors import InputError, Stopped, is_out_of_memory, say
 from vit.plots import plot_runs
 
 try:
@@ -29,56 +33,106 @@ except ImportError:  # Windows: two processes in one folder are not noticed ther
     fcntl = None
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+OURS = {"config.yaml", "metrics.csv", "curves.png"}  # in a run's folder, beside its checkpoints
+FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def read_run(flags: dict[str, Any]) -> tuple[Path, Config, dict[str, Any] | None]:
+    """Return the folder of train.py's flags, its configuration and the checkpoint to go on with."""
+    resume = flags.get("resume")
+    if resume and resume != "auto":
+        folder = Path(resume).expanduser()
+    else:
+        name = Path(flags.get("config", "")).stem
+        folder = Path(flags.get("run_dir", Path("runs", name))).expanduser()
+    if resume and (resume != "auto" or (folder / checkpoint.NAME).exists()):
+        saved = checkpoint.load(folder / checkpoint.NAME)
+        return folder, resumed_config(flags, saved["config"]), saved
+    config = read_config(flags)
+    root = str(Path(config.data.root).absolute())  # the run may go on from another folder
+    return folder, replace(config, data=replace(config.data, root=root)), None
 
 
 class Run(contextlib.ExitStack):
     """A context in which the folder of a run is its own, and a signal ends the run after a step.
 
-    `saved` is the checkpoint to go on with; without it the folder must be new. Rank 0 alone writes.
+    `saved` is the checkpoint to go on with; without it the folder must hold no run. Rank 0 alone
+    writes.
     """
 
     def __init__(self, folder: Path, config: Config, saved: dict[str, Any] | None = None):
         super().__init__()
         self.folder, self.config, self.saved = folder, config, saved
         self.path = folder / checkpoint.NAME
-        self.go_on = f"go on with: python train.py --resume {folder}"
+        self.go_on = f"go on with: python train.py --resume {shlex.quote(str(folder))}"
         self.stopped, self.unsaved = None, ""  # by a signal; why the last save failed
-        if saved is None and folder.exists() and RANK == 0:
-            raise InputError(f"{folder} exists already: --resume {folder}, or another --run_dir")
+        self.steps, self.is_made = 0, False  # of this process; the folder, by it
+        self.has_config = False  # written by this process
 
-    def begin(self, state: TrainState, data: Dataset) -> None:
-        """Take the folder, then save the first state or take up the saved one."""
+    def __enter__(self) -> "Run":
+        """Take the folder before anything slow is done. Raises InputError."""
+        try:
+            with rank_0_first():
+                if RANK == 0:
+                    self.take_folder()
+        except InputError:
+            super().__exit__(None, None, None)  # lets go of the lock, and leaves the folder alone
+            raise
+        return self
+
+    def take_folder(self) -> None:
+        """Make a new run's folder, or take one without a run, and keep other processes out."""
+        try:
+            self.is_made = not self.folder.exists()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):
+                raise InputError(f"{self.folder}: cannot be written to")
+            self.lock()
+            names = {file.name for file in self.folder.iterdir() if file.suffix != ".tmp"}
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be used: {error.strerror}") from None
+        if self.saved is None and names - OURS:
+            raise InputError(
+                f"{self.folder} exists already: --resume {self.folder}, or another --run_dir"
+            )
+
+    def lock(self) -> None:
+        """Keep other processes out of the folder; the kernel lets go even after kill -9."""
+        if fcntl is None:
+            return
+        folder = os.open(self.folder, os.O_RDONLY)
+        self.callback(os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.folder}: another process is working in it") from None
+        except OSError as error:
+            fault = f"this file system has no locks ({error.strerror})"
+            warn_once(f"{self.folder}: {fault}: start no second process in it")
+
+    def begin(self, state: TrainState, data: Dataset, teacher: Classifier | None = None) -> None:
+        """Watch for signals, then save the first state or take up the saved one."""
         self.info = dict(classes=data.classes, fingerprint=data.fingerprint)
-        self.info["config"] = self.config.to_dict()
-        with rank_0_first():  # the others read the checkpoint when the lock is ours
-            if RANK == 0:
-                self.lock()
+        self.info |= dict(config=self.config.to_dict(), teacher=digest(teacher) if teacher else "")
         self.watch_signals()
         if self.saved:
             self.restore(state, data)
         else:
-            self.save_first(state)
+            self._write(state)
+            if self.unsaved:
+                raise Stopped(self.unsaved)
         self.saved_at = time.monotonic()
-
-    def lock(self) -> None:
-        """Make a new run's folder, and keep other processes out. Raises InputError."""
-        try:
-            if self.saved is None:
-                self.folder.mkdir(parents=True)
-            if fcntl:  # released by the kernel even after kill -9
-                folder = os.open(self.folder, os.O_RDONLY)
-                self.callback(os.close, folder)
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{self.folder}: another process is working in it") from None
-        except OSError as error:
-            raise InputError(f"{self.folder}: cannot be used: {error.strerror}") from None
 
     def watch_signals(self) -> None:
         """Stop after the step in progress when a signal comes; a second one ends the process."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python sets handlers in the main thread alone
         for number in SIGNALS:
-            self.callback(signal.signal, number, signal.signal(number, self._receive))
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                self.callback(signal.signal, number, signal.signal(number, self._receive))
 
     def _receive(self, number: int, _) -> None:
         for each in SIGNALS:
@@ -88,18 +142,17 @@ class Run(contextlib.ExitStack):
         if WORLD_SIZE > 1:  # the processes would notice it at different steps
             raise self.stopped
 
-    def save_first(self, state: TrainState) -> None:
-        """Write the state before the first step, or remove the folder where that fails."""
-        self._write(state)
-        if self.unsaved:
-            shutil.rmtree(self.folder)  # made a moment ago, and still without a checkpoint
-            raise Stopped(self.unsaved)
-
     def restore(self, state: TrainState, data: Dataset) -> None:
-        """Take up the saved state. Raises InputError where images or sizes are not the run's."""
+        """Take up the saved state. Raises InputError where images, teacher or sizes differ."""
+        self.saved = checkpoint.load(self.path)  # another process may have gone on until now
         root = self.config.data.root
         data.require(self.saved["fingerprint"], f"data.root {root}: {self.folder}")
-        self.saved = checkpoint.load(self.path)  # another process may have gone on until now
+        if self.info["teacher"] != self.saved["teacher"]:
+            raise InputError(f"train.teacher {self.config.train.teacher}: not the run's teacher")
+        for section, values in self.info["config"].items():
+            for key, value in values.items():
+                if value != (old := self.saved["config"][section].get(key)) and RANK == 0:
+                    say(f"{section}.{key} is now {value}, was {old}", sys.stderr)
         try:
             state.load_state_dict(self.saved)
         except (RuntimeError, ValueError) as error:
@@ -114,13 +167,14 @@ class Run(contextlib.ExitStack):
 
     def after_step(self, state: TrainState) -> None:
         """Save after `checkpoint_minutes` without a save, and stop after a signal."""
+        self.steps += 1
         self.save(state, wait=60 * self.config.train.checkpoint_minutes)
 
     def after_epoch(self, state: TrainState) -> None:
         """Save, unless that was done a moment ago, and print the epoch's metrics."""
         self.save(state, wait=5)  # seconds: an epoch can be shorter than a save
         if RANK == 0:
-            print(", ".join(f"{k} {v:.5g}" for k, v in state.history[-1].items()), flush=True)
+            say(", ".join(f"{k} {v:.5g}" for k, v in state.history[-1].items()))
 
     def save(self, state: TrainState, wait: float = 0.0) -> None:
         """Save if this is the end, `wait` seconds passed or a signal came, which then stops it."""
@@ -131,7 +185,7 @@ class Run(contextlib.ExitStack):
         self._write(state)
         self.saved_at = time.monotonic()
         if self.unsaved:  # a full disk, say: training goes on, and the last save is whole
-            print(f"train.py: {self.unsaved}", file=sys.stderr, flush=True)
+            say(f"train.py: {self.unsaved}", sys.stderr)
         if self.stopped:
             raise self.stopped
 
@@ -146,18 +200,21 @@ class Run(contextlib.ExitStack):
         if RANK:
             return
         table = io.StringIO()
-        if state.history:
-            writer = csv.DictWriter(table, state.history[0])
-            writer.writeheader()
-            writer.writerows(state.history)
+        writer = csv.DictWriter(table, checkpoint.COLUMNS)
+        writer.writeheader()
+        writer.writerows(state.history)
+        text = self.config.to_yaml().encode("utf-8", "surrogateescape")  # names as on the disk
         try:
-            if not (self.folder / "config.yaml").exists():
-                write_atomically(self.folder / "config.yaml", self.config.to_yaml().encode())
+            if not self.has_config:  # a resumed run may go on with other settings
+                write_atomically(self.folder / "config.yaml", text)
+                self.has_config = True
             write_atomically(self.folder / "metrics.csv", table.getvalue().encode())
             checkpoint.save(self.info | state.state_dict(), self.folder)
             self.unsaved = ""
         except OSError as error:
             self.unsaved = f"{self.folder}: could not be saved: {error}"
+            if error.errno not in FULL and self.steps:  # it will not become writable by waiting
+                raise Stopped(f"{self.unsaved}; {self.path} holds the last state saved") from None
 
     def finish(self, state: TrainState) -> None:
         """Draw the curves and print the lines that end a run."""
@@ -168,19 +225,30 @@ class Run(contextlib.ExitStack):
             plot_runs({"": rows}, self.folder / "curves.png")
         except OSError as error:
             raise Stopped(f"{self.folder}: {error}") from None
-        print(f"parameters     {sum(p.numel() for p in state.classifier.parameters()):,}")
+        say(f"parameters     {sum(p.numel() for p in state.classifier.parameters()):,}")
         if state.test:
             accuracy, images = state.test["accuracy"], state.test["images"]
-            print(f"test accuracy  {accuracy:.2f} % of {images:,} images")
+            say(f"test accuracy  {accuracy:.2f} % of {images:,} images")
         seconds, speed = sum(row["seconds"] for row in rows), rows[-1]["images_per_second"]
-        print(f"training       {seconds:.0f} s, {speed:.0f} images/s")
+        say(f"training       {seconds:.0f} s, {speed:.0f} images/s")
         if state.loss_sum.is_cuda:
-            print(f"peak memory    {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-        print(f"run folder     {self.folder}")
+            say(f"peak memory    {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+        say(f"run folder     {self.folder}")
 
     def __exit__(self, kind, error, trace) -> None:
+        has_begun = self.path.exists() and not (is_out_of_memory(error) and self.steps == 0)
+        if RANK == 0 and self.saved is None and not has_begun:
+            self.leave_nothing()
         super().__exit__(kind, error, trace)  # releases the lock, restores the signals' handlers
         if self.unsaved and kind is None:
             raise Stopped(self.unsaved)
         if WORLD_SIZE > 1 and another_process_ended(error):
             raise Stopped(f"another process was lost; {self.go_on} ({error!s:.150})") from None
+
+    def leave_nothing(self) -> None:
+        """Remove what this run has written, so that the same command can be given again."""
+        with contextlib.suppress(OSError):
+            for name in (*OURS, checkpoint.NAME):
+                (self.folder / name).unlink(missing_ok=True)
+            if self.is_made:
+                self.folder.rmdir()

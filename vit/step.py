@@ -16,7 +16,7 @@ from vit.checkpoint import TrainState
 from vit.classifier import Classifier
 from vit.config import TrainConfig
 from vit.distributed import LOCAL_RANK, RANK, WORLD_SIZE
-from vit.errors import InputError
+from vit.errors import InputError, say
 
 FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "sve_bf16")  # instructions of a processor
 
@@ -46,7 +46,7 @@ def pick_device(name: str, precision: str) -> tuple[torch.device, str]:
         precision = "bfloat16" if is_fast else "float32"
     if RANK == 0:
         several = f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
-        print(f"device {name} ({kind}), {precision}{several}", file=sys.stderr, flush=True)
+        say(f"device {name} ({kind}), {precision}{several}", sys.stderr)
     return device, precision
 
 
