@@ -30,10 +30,15 @@ def random_weights(*shape: int) -> torch.Tensor:
 
 
 def test_attention_weights_are_those_of_multihead_attention():
-    for arguments in (dict(), dict(pool="class_token", final_norm=True)):
+    for precision, arguments in (
+        ("float32", dict()),
+        ("float32", dict(pool="class_token", final_norm=True)),
+        ("bfloat16", dict()),  # of a run on a machine that has it: analysed in float32
+    ):
         model, images = tiny_model(**arguments), IMAGES
+        model.precision = precision
         weights = analysis.attention_weights(model, images)
-        assert model.training  # as before, though dropout was off
+        assert model.training and model.precision == precision  # as before, though dropout was off
         inputs = analysis.inputs_of([block.attention for block in model.vit.blocks], model, images)
         for block, z, A in zip(model.vit.blocks, inputs, weights, strict=True):
             flags = dict(need_weights=True, average_attn_weights=False)

@@ -16,16 +16,18 @@ from vit.classifier import Classifier
 
 @torch.no_grad()
 def inputs_of(modules: Sequence[nn.Module], classifier: Classifier, images: Tensor) -> list[Tensor]:
-    """Return what each of these modules gets, in running order and without dropout.
+    """Return what each of these modules gets, in running order, without dropout or autocast.
 
     Shapes: images uint8 (B, 3, S, S).
     """
-    inputs, was_training = [], classifier.training
+    inputs, before = [], (classifier.training, classifier.precision)
+    classifier.precision = "float32"
     with ExitStack() as hooks:
         for module in modules:
             hook = module.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
             hooks.enter_context(hook)
         classifier.eval()(images)
+    was_training, classifier.precision = before
     classifier.train(was_training)
     return inputs
 
