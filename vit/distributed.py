@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -38,9 +39,11 @@ def processes(device: torch.device) -> Iterator[None]:
     dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
     try:
         yield
-    except (InputError, Stopped) as error:
+    except (InputError, Stopped, RuntimeError) as error:
+        if another_process_ended(error):  # before a run has begun
+            error = Stopped(f"another process was lost ({error!s:.150})")
         error.speaks = _is_first()
-        raise  # without the barrier and destruction, which may hang after an error with NCCL
+        raise error  # without the barrier and destruction, which may hang after an error with NCCL
     dist.barrier()  # rank 0 may still be saving
     dist.destroy_process_group()
 
@@ -75,7 +78,11 @@ def share(tensor: Tensor) -> Tensor:
 
 def wrap(model: nn.Module) -> nn.Module:
     """Return the model, or one whose gradients are the mean over all processes."""
-    return DistributedDataParallel(model, broadcast_buffers=False) if WORLD_SIZE > 1 else model
+    if WORLD_SIZE == 1:
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames it, 2.9 has no other
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def keep_gradients(network: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
