@@ -15,9 +15,9 @@ from tqdm import tqdm
 from vit.errors import InputError, say
 
 # Named, so that no format starts another program, as EPS does. The endings that go with them.
-KNOWN = {"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO"}
+KNOWN = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO"
 Image.init()
-FORMATS = sorted(KNOWN & Image.OPEN.keys())  # AVIF is not in every Pillow
+FORMATS = [name for name in KNOWN if name in Image.OPEN]  # AVIF is not in every Pillow
 ENDINGS = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
 
 
@@ -34,22 +34,24 @@ def find_images(folder: Path) -> tuple[list[Path], Counter]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     for parent, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(parent))  # a link may lead back to a folder above
+        real_parent = os.path.realpath(parent)
+        seen.add(real_parent)  # a link may lead back to a folder above
         folders[:] = [
             name
             for name in folders
             if name[0] != "." and os.path.realpath(os.path.join(parent, name)) not in seen
         ]
         for name in names:
-            path = Path(parent, name)
-            real = os.path.realpath(path)
-            if name[0] == "." or real in seen or not path.is_file():  # a pipe, say
+            path, real = os.path.join(parent, name), os.path.join(real_parent, name)
+            real = os.path.realpath(path) if os.path.islink(path) else real
+            if name[0] == "." or real in seen or not os.path.isfile(path):  # a pipe, say
                 continue
             seen.add(real)
-            if path.suffix.lower() in ENDINGS:
-                found.append(path)
+            ending = os.path.splitext(name)[1]
+            if ending.lower() in ENDINGS:
+                found.append(Path(path))
             else:
-                left_out[path.suffix] += 1
+                left_out[ending] += 1
     return sorted(found), left_out
 
 
@@ -88,7 +90,9 @@ def load_folder(folder: Path, classes: list[str], size: int) -> tuple[Tensor, Te
     without = [name for label, name in enumerate(classes) if label not in labels]
     if without:
         say(f"{folder}: no images of {', '.join(without)}", sys.stderr)
-    warn_of_small_size(files[0], size)
+    pixels = side_of(files[0])
+    if pixels > 2 * size:
+        say(f"{files[0]}: has {pixels} px and is kept at {size} (see data.image_size)", sys.stderr)
     images, faults = torch.empty(len(files), 3, size, size, dtype=torch.uint8), []
 
     def decode_one(i: int) -> None:
@@ -97,8 +101,10 @@ def load_folder(folder: Path, classes: list[str], size: int) -> tuple[Tensor, Te
         except InputError as error:
             faults.append(str(error))
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow releases Python's lock
-        done = pool.map(decode_one, range(len(files)))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        # Pillow decodes without Python's lock, for which threads of small images would only queue.
+        run = pool.map if pixels >= 128 else map
+        done = run(decode_one, range(len(files)))
         for _ in tqdm(done, "decoding", len(files), unit=" images", leave=False, disable=None):
             pass
     if faults:
@@ -107,15 +113,13 @@ def load_folder(folder: Path, classes: list[str], size: int) -> tuple[Tensor, Te
     return images, torch.tensor(labels)
 
 
-def warn_of_small_size(file: Path, size: int) -> None:
-    """Say so where an image is kept at less than half of its height and width."""
+def side_of(file: Path) -> int:
+    """Return the smaller of an image's height and width in pixels, 0 where it cannot be read."""
     try:
         with Image.open(file, formats=FORMATS) as image:
-            found = min(image.size)
-    except Exception:  # `decode` will name the fault
-        return
-    if found > 2 * size:
-        say(f"{file}: has {found} px and is kept at {size} (see data.image_size)", sys.stderr)
+            return min(image.size)
+    except Exception:  # Pillow's decoders raise many types; `decode` will name the fault
+        return 0
 
 
 def decode(path: str | Path, size: int) -> Tensor:
@@ -133,13 +137,13 @@ def decode(path: str | Path, size: int) -> Tensor:
 
 
 def _to_square_rgb(image: Image.Image, size: int) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which convert() would clip
         image = Image.fromarray(to_8_bits(np.asarray(image)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
     return image if image.size == (size, size) else ImageOps.fit(image, (size, size))
 
 
