@@ -11,8 +11,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it sees img_VI
 import torch
 import torch.nn.functional as F
 from jsonargparse import Namespace
-from matplotlib import style
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
@@ -23,7 +21,7 @@ from vit.config import parse_flags
 from vit.errors import InputError, one_line_errors
 from vit.evaluation import load_images, predict, weights_parser
 from vit.model import CHANNELS, EncoderBlock, PositionalEmbedding
-from vit.plots import RESULT_PICTURES, plot_runs, shade
+from vit.plots import RESULT_PICTURES, picture, plot_runs, shade
 
 RESULTS = Path(__file__).parents[1] / "configs" / "results"
 EXAMPLE_CLASS, EXAMPLE_NUMBER = 7, 6  # the image that is followed: the seventh horse of the test
@@ -45,12 +43,6 @@ PUBLISHED = [  # plain ViTs: name, patch size, millions of parameters, test accu
 ]
 
 
-def _new_figure(height: float, columns: int = 1):
-    figure = Figure(figsize=(10, height), dpi=120, layout="constrained")
-    with style.context("tableau-colorblind10"):
-        return figure, figure.subplots(1, columns)
-
-
 def _show(axes, values: Tensor | dict[str, float]) -> None:
     """Draw bars, an image (3, H, W), or a matrix: orange below 0, violet above."""
     axes.set_xticks([])
@@ -70,13 +62,12 @@ def _show(axes, values: Tensor | dict[str, float]) -> None:
 
 def _row(path: Path, signs: list[str], panels: list[tuple]) -> None:
     """Draw panels side by side: a sign on the left of each, a title, values and a text below."""
-    figure, row = _new_figure(1.4 + 9 / max(3, len(panels)), len(panels))
-    for axes, sign, (title, values, text) in zip(row, signs, panels, strict=True):
-        _show(axes, values)
-        axes.set_title(title, fontsize=11)
-        axes.set_xlabel(text)
-        axes.set_ylabel(sign, rotation=0, fontsize=18, ha="right", va="center")
-    figure.savefig(path)
+    with picture(path, 1.4 + 9 / max(3, len(panels)), len(panels), formulas=True) as row:
+        for axes, sign, (title, values, text) in zip(row, signs, panels, strict=True):
+            _show(axes, values)
+            axes.set_title(title, fontsize=11)
+            axes.set_xlabel(text)
+            axes.set_ylabel(sign, rotation=0, fontsize=18, ha="right", va="center")
 
 
 def _grid(images: Tensor, columns: int) -> Tensor:
@@ -120,13 +111,12 @@ def filter_components(projection: Tensor, count: int) -> Tensor:
 
 def _mosaic(path: Path, height: float, title: str, images: Tensor, names: list[str]) -> None:
     """Draw uint8 images (n, 3, H, W) row by row, with the names of the columns below."""
-    figure, axes = _new_figure(height)
-    _show(axes, _grid(images, len(names)))
-    axes.set_title(title, fontsize=11)
-    axes.set_xticks([(i + 0.5) * (images.shape[3] + 1) for i in range(len(names))], names)
-    axes.tick_params(length=0)
-    axes.set_frame_on(False)
-    figure.savefig(path)
+    with picture(path, height, formulas=True) as axes:
+        _show(axes, _grid(images, len(names)))
+        axes.set_title(title, fontsize=11)
+        axes.set_xticks([(i + 0.5) * (images.shape[3] + 1) for i in range(len(names))], names)
+        axes.tick_params(length=0)
+        axes.set_frame_on(False)
 
 
 def block_labels(block: EncoderBlock) -> list[str]:
@@ -214,18 +204,17 @@ class Pictures:
         labels = block_labels(self.vit.blocks[0])
         parts = [r"$z_{\ell-1}$", *labels[:2], "+", *labels[2:], "+", r"$z_\ell$"]
         places = 0, 1.4, 3.1, 4.4, 6.1, 7.8, 9.1, 10.1
-        figure, axes = _new_figure(1.8)
-        arrow = dict(arrowstyle="->", color="C1", linewidth=2, shrinkA=0, shrinkB=12)
-        arrow |= dict(connectionstyle="bar,fraction=-0.2")
-        for start in 0.5, 5.2:  # the residuals, each over three parts
-            axes.annotate("", (start + 3.9, 0), (start, 0), arrowprops=arrow)
-        axes.plot((0, 10), (0, 0), color="black", zorder=0)
-        for place, part in zip(places, parts, strict=True):
-            box = dict(boxstyle="round", facecolor="#E8F1F8")
-            axes.text(place, 0, part, ha="center", va="center", bbox=box, fontsize=12)
-        axes.set(xlim=(-0.4, 10.4), ylim=(-0.6, 1))
-        axes.axis("off")
-        figure.savefig(path)
+        with picture(path, 1.8, formulas=True) as axes:
+            arrow = dict(arrowstyle="->", color="C1", linewidth=2, shrinkA=0, shrinkB=12)
+            arrow |= dict(connectionstyle="bar,fraction=-0.2")
+            for start in 0.5, 5.2:  # the residuals, each over three parts
+                axes.annotate("", (start + 3.9, 0), (start, 0), arrowprops=arrow)
+            axes.plot((0, 10), (0, 0), color="black", zorder=0)
+            for place, part in zip(places, parts, strict=True):
+                box = dict(boxstyle="round", facecolor="#E8F1F8")
+                axes.text(place, 0, part, ha="center", va="center", bbox=box, fontsize=12)
+            axes.set(xlim=(-0.4, 10.4), ylim=(-0.6, 1))
+            axes.axis("off")
 
     def draw_attention(self, path: Path) -> None:
         """Show the attention weights of the example in the last block (Eq. 6)."""
@@ -249,22 +238,26 @@ class Pictures:
 
     def draw_record(self, path: Path) -> None:
         """Compare accuracy and size of the weights that ship with reported plain ViTs."""
-        figure, axes = _new_figure(4.5)
-        points, ours = [("black", "left", 6, *point) for point in PUBLISHED], {}
-        shipped = [load_classifier(file) for file in WEIGHTS.glob("*.pt")]
-        for classifier, config, saved in sorted(shipped, key=lambda s: s[2]["test"]["accuracy"]):
-            millions = sum(p.numel() for p in classifier.parameters()) / 1e6
-            patch, accuracy = config.model["patch_size"], saved["test"]["accuracy"]
-            ours[patch] = ("C1", "right", -6, f"ours, patch {patch}", patch, millions, accuracy)
-        points += ours.values()  # the best of each patch size
-        for color, side, shift, name, patch, *place in points:
-            axes.plot(*place, "s" if patch == 8 else "o", color=color)
-            text, offset = f"{name}: {place[1]:.1f}", dict(textcoords="offset points", va="center")
-            axes.annotate(text, place, (shift, 0), ha=side, color=color, **offset)
-        title = "squares: patch 8; dots: patch 4. Ours: JPEG copy of CIFAR-10, 45,000 images;\n"
-        axes.set_title(title + "reported: the original pixels, 50,000 images", fontsize=11)
-        axes.set(xlabel="parameters (millions)", ylabel="test accuracy (%)", xlim=(-0.7, 5.2))
-        figure.savefig(path)
+        with picture(path, 4.5, formulas=True) as axes:
+            points, ours = [("black", "left", 6, *point) for point in PUBLISHED], {}
+            shipped = [load_classifier(file) for file in WEIGHTS.glob("*.pt")]
+            for classifier, config, saved in sorted(
+                shipped, key=lambda s: s[2]["test"]["accuracy"]
+            ):
+                millions = sum(p.numel() for p in classifier.parameters()) / 1e6
+                patch, accuracy = config.model["patch_size"], saved["test"]["accuracy"]
+                ours[patch] = ("C1", "right", -6, f"ours, patch {patch}", patch, millions, accuracy)
+            points += ours.values()  # the best of each patch size
+            for color, side, shift, name, patch, *place in points:
+                axes.plot(*place, "s" if patch == 8 else "o", color=color)
+                text, offset = (
+                    f"{name}: {place[1]:.1f}",
+                    dict(textcoords="offset points", va="center"),
+                )
+                axes.annotate(text, place, (shift, 0), ha=side, color=color, **offset)
+            title = "squares: patch 8; dots: patch 4. Ours: JPEG copy of CIFAR-10, 45,000 images;\n"
+            axes.set_title(title + "reported: the original pixels, 50,000 images", fontsize=11)
+            axes.set(xlabel="parameters (millions)", ylabel="test accuracy (%)", xlim=(-0.7, 5.2))
 
     def draw_filters(self, path: Path) -> None:
         """Show the principal components of the patch embedding (Fig. 7 left)."""
@@ -287,13 +280,12 @@ class Pictures:
         p, uniform = self.vit4.patches.patch_size, torch.ones_like(weights[:1, :1, :1])
         distances, even = (attention_distance(A, p) for A in (weights, uniform))
         blocks, heads = (range(1, 1 + count) for count in distances.shape)
-        figure, axes = _new_figure(3.6)
-        axes.plot(blocks, distances, "o", label=[f"head {head}" for head in heads])
-        axes.margins(y=0.3)  # before ylim, so that no dot is cut
-        axes.axhline(even.item(), color="black", linestyle="--", label="equal attention to all")
-        axes.set(xlabel="block", ylabel="mean distance looked (pixels)", xticks=blocks, ylim=0)
-        axes.legend(loc="lower right")
-        figure.savefig(path)
+        with picture(path, 3.6, formulas=True) as axes:
+            axes.plot(blocks, distances, "o", label=[f"head {head}" for head in heads])
+            axes.margins(y=0.3)  # before ylim, so that no dot is cut
+            axes.axhline(even.item(), color="black", linestyle="--", label="equal attention to all")
+            axes.set(xlabel="block", ylabel="mean distance looked (pixels)", xticks=blocks, ylim=0)
+            axes.legend(loc="lower right")
 
     def draw_rollout(self, path: Path) -> None:
         """Show what the head's input takes from each patch of some images (Fig. 6, 14)."""

@@ -138,9 +138,12 @@ CAUSES = ["fsync", "replace"] + ["a full disk"] * os.path.exists("/dev/full")
 def test_an_error_while_saving_leaves_the_checkpoint_alone(cause, copy, monkeypatch):
     saved, before = checkpoint.load(copy), copy.read_bytes()
     if cause == "a full disk":
-        real = open  # any file that is made is on the full disk
-        full = lambda file, mode: real("/dev/full", "wb") if "x" in mode else real(file, mode)  # noqa
-        monkeypatch.setattr(checkpoint, "open", full, raising=False)
+        real = open
+
+        def open_(file, mode):  # any file that is made is on the full disk
+            return real("/dev/full", "wb") if "x" in mode else real(file, mode)
+
+        monkeypatch.setattr(checkpoint, "open", open_, raising=False)
     else:
         monkeypatch.setattr(os, cause, Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):

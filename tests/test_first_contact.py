@@ -186,14 +186,9 @@ def test_folders_of_every_layout(run_train, run_dir, tmp_path, capsys):
     code, _, err = run_train("--data.root", str(root), "--model.num_classes", "4")
     assert code == 2 and "model.num_classes 4: the data has 3 classes" in err
     # The test images alone are enough for trained weights, also of some classes.
-    (root / "val").rename(tmp_path / "alone")
-    (tmp_path / "test").mkdir()
-    (tmp_path / "alone").rename(tmp_path / "test" / "x")
-    (tmp_path / "test" / "x").rename(tmp_path / "only")
-    (tmp_path / "only").rename(tmp_path / "test2")
     alone = tmp_path / "own"
     alone.mkdir()
-    (tmp_path / "test2").rename(alone / "test")
+    (root / "val").rename(alone / "test")
     for file in (alone / "test" / "bee").iterdir():
         file.unlink()
     weights = ("--checkpoint", run_dir / checkpoint.NAME, *FOLDER, alone)

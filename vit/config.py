@@ -201,9 +201,9 @@ def config_parser(with_flags: bool = False) -> ArgumentParser:
         parser.add_argument("--config", help="YAML file with the sections model, data and train.")
         parser.add_argument("--run_dir", help="Folder of the run; default runs/NAME of the config.")
         help_ = (
-            f"Go on with a run, of which only {', '.join(MAY_DIFFER)} may differ; with auto go on "
+            "Go on with the run of this folder; auto: with that of --run_dir, or start it. Only "
         )
-        help_ += "with the run of --run_dir or, where it has no checkpoint, start it."
+        help_ += f"{', '.join(MAY_DIFFER)} may differ."
         parser.add_argument("--resume", metavar="DIR|auto", help=help_)
     return parser
 
@@ -243,27 +243,23 @@ def read_config(flags: dict[str, Any]) -> Config:
 
 def resumed_config(flags: dict[str, Any], saved: dict) -> Config:
     """Return a saved configuration with what may differ, by the flags. Raises InputError."""
-    if flags["resume"] == "auto":  # the command of the start again, which must say the same
-        config = read_config(flags).to_dict()
-        flags = {"data": {"root": config["data"]["root"]}}
-        for section, values in saved.items():
-            for key, value in values.items():
-                own = config[section][key]
-                if f"{section}.{key}" in MAY_DIFFER:
-                    saved = saved | {section: saved[section] | {key: own}}
-                elif own != value and (key, own) != ("precision", "auto"):
-                    raise InputError(
-                        f"--resume auto: the run has {section}.{key} {value}, not {own}"
-                    )
-    root = {"root": flags["data"]["root"]} if "root" in flags.get("data", {}) else {}
-    for flag, value in config_parser(True).parse_object(flags, defaults=False).items():
+    is_auto = flags["resume"] == "auto"
+    # With auto the command of the start is given again, and must say the same.
+    given = (
+        read_config(flags).to_dict() if is_auto else {k: flags[k] for k in flags if k != "resume"}
+    )
+    config = {section: dict(values) for section, values in saved.items()}
+    for flag, value in config_parser(True).parse_object(given, defaults=False).items():
         section, _, key = flag.partition(".")
         if flag in MAY_DIFFER:
-            saved = saved | {section: saved[section] | {key: value}}
-        elif flag != "resume":
+            config[section][key] = value
+        elif not is_auto:
             raise InputError(f"--{flag} does not go with --resume: a run keeps its settings")
-    config = Config.from_dict(saved)
-    return dataclasses.replace(config, data=with_root(config.data, root))
+        elif value != (old := config[section].get(key)) and (key, value) != ("precision", "auto"):
+            raise InputError(f"--resume auto: the run has {flag} {old}, not {value}")
+    result = Config.from_dict(config)
+    root = {"root": result.data.root} if "root" in given.get("data", {}) else {}
+    return dataclasses.replace(result, data=with_root(result.data, root))
 
 
 def with_root(saved: DataConfig, given: Namespace | dict[str, Any]) -> DataConfig:

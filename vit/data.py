@@ -85,11 +85,11 @@ def load_dataset(config: DataConfig, image_size: int, num_classes: int) -> Datas
     if config.name == "image_folder":
         classes = class_names(Path(config.root, "train"))
     for name in "test", "train", "val":  # the largest later: reading it takes memory beside it
+        if classes and num_classes != len(classes):  # of a folder known before it is decoded
+            fault = f"the data has {len(classes)} classes"
+            raise InputError(f"model.num_classes {num_classes}: {fault}")
         try:
             parts[name], classes = load_split(config, name, image_size, classes)
-            if num_classes != len(classes):
-                fault = f"model.num_classes {num_classes}: the data has {len(classes)} classes"
-                raise InputError(fault)
         except Unreadable as error:
             faults.append(str(error))
     if faults:  # of all folders, so that one try names them

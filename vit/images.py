@@ -77,19 +77,21 @@ def load_folder(folder: Path, classes: list[str], size: int) -> tuple[Tensor, Te
 
     Raises InputError for a class that is not in `classes`, and where images cannot be read.
     """
-    files, labels, left_out = [], [], Counter()
+    files, labels, left_out, without = [], [], Counter(), set(classes)
     for name in class_names(folder):
         if name not in classes:
             raise InputError(f"{folder}: class {name} is not one of the training's")
         found, others = find_images(folder / name)
         left_out += others
-        files, labels = files + found, labels + [classes.index(name)] * len(found)
+        files += found
+        labels += [classes.index(name)] * len(found)
+        if found:
+            without.discard(name)
     say_left_out(folder, left_out)
     if not files:
         raise InputError(f"{folder}: no image in its subfolders")
-    without = [name for label, name in enumerate(classes) if label not in labels]
     if without:
-        say(f"{folder}: no images of {', '.join(without)}", sys.stderr)
+        say(f"{folder}: no images of {', '.join(sorted(without))}", sys.stderr)
     pixels = side_of(files[0])
     if pixels > 2 * size:
         say(f"{files[0]}: has {pixels} px and is kept at {size} (see data.image_size)", sys.stderr)

@@ -29,15 +29,17 @@ CURVES = {  # columns of metrics.csv
 
 
 @contextlib.contextmanager
-def picture(path: Path, height: float, columns: int = 1) -> Iterator:
-    """Yield the axes, side by side, of a picture of a height in inches, then write it whole."""
+def picture(path: Path, height: float, columns: int = 1, formulas: bool = False) -> Iterator:
+    """Yield the axes, side by side, of a picture of a height in inches, then write it whole.
+
+    Without `formulas`, names are drawn as they are, whatever signs they hold.
+    """
     from matplotlib import rc_context, style
     from matplotlib.figure import Figure
 
-    # Names are not formulas, whatever signs they hold; a missing glyph is drawn as a box.
-    settings = rc_context({"text.parse_math": False})
+    settings = rc_context({"text.parse_math": formulas})
     with settings, style.context("tableau-colorblind10"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # drawn as boxes
         figure = Figure(figsize=(10, min(height, 40)), dpi=120, layout="constrained")
         yield figure.subplots(1, columns)
         content = io.BytesIO()

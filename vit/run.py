@@ -50,10 +50,11 @@ def read_run(flags: dict[str, Any]) -> tuple[Path, Config, dict[str, Any] | None
         folder = Path(flags.get("run_dir", Path("runs", name))).expanduser()
     if resume and (resume != "auto" or (folder / checkpoint.NAME).exists()):
         saved = checkpoint.load(folder / checkpoint.NAME)
-        return folder, resumed_config(flags, saved["config"]), saved
-    config = read_config(flags)
+        config = resumed_config(flags, saved["config"])
+    else:
+        config, saved = read_config(flags), None
     root = str(Path(config.data.root).absolute())  # the run may go on from another folder
-    return folder, replace(config, data=replace(config.data, root=root)), None
+    return folder, replace(config, data=replace(config.data, root=root)), saved
 
 
 class Run(contextlib.ExitStack):
