@@ -39,7 +39,7 @@ def evaluate(args: Namespace, classifier: Classifier, config, saved: dict) -> di
     return {
         "checkpoint": args.checkpoint,
         "parameters": sum(p.numel() for p in classifier.parameters()),
-        "parameters_by_part": count_by_part(classifier.vit),
+        "parameters_by_part": count_by_part(classifier.model),
         f"{args.split}_accuracy": accuracy,
         f"{args.split}_loss": loss,
         f"{args.split}_images": len(labels),
@@ -55,6 +55,8 @@ def classify(args: Namespace, classifier: Classifier, config, saved: dict) -> di
     """
     if args.data.name or args.data.root or args.split != "test":
         raise InputError("--images does not go with --data and --split")
+    if args.figures and config.model["name"] == "convnet":
+        raise InputError(f"--figures: {args.checkpoint} is a convnet, without attention to draw")
     path, found, classes = Path(args.images), {}, saved["classes"]
     files = [path]
     if path.is_dir():
@@ -67,7 +69,7 @@ def classify(args: Namespace, classifier: Classifier, config, saved: dict) -> di
         raise InputError(f"--figures {args.figures}: holds the images of --images")
     for file in files:
         try:
-            image = decode(file, config.data.image_size or classifier.vit.image_size)
+            image = decode(file, config.data.image_size or classifier.model.image_size)
         except InputError as error:
             if not path.is_dir():
                 raise

@@ -12,12 +12,11 @@ from torch.nn.utils import clip_grad_norm_
 from vit.augment import augment
 from vit.checkpoint import TrainState, load_classifier
 from vit.classifier import Classifier
-from vit.config import Config, TrainConfig, config_parser, parse_flags
+from vit.config import Config, TrainConfig, config_parser, make_model, parse_flags
 from vit.data import Batches, load_dataset
 from vit.distributed import WORLD_SIZE, keep_gradients, processes, total
 from vit.errors import one_line_errors, say
 from vit.evaluation import evaluate
-from vit.model import ViT
 from vit.optim import learning_rate_factor, make_optimizers, set_learning_rates
 from vit.pretrained import load_pretrained
 from vit.run import Run, read_run
@@ -35,7 +34,7 @@ def training_step(
 
     Shapes: images uint8 (B, 3, S, S), labels (B,).
     """
-    one_hot = torch.eye(state.classifier.vit.head.out_features, device=labels.device)
+    one_hot = torch.eye(state.classifier.model.head.out_features, device=labels.device)
     images, targets = augment(images, one_hot[labels], recipe)  # targets: (B, K)
     if teacher:  # soft targets for the very images that the student sees
         targets = teacher(images).softmax(1)
@@ -58,9 +57,9 @@ def train(config: Config, device: torch.device, run: Run) -> None:
     recipe = config.train
     # The models first: weights that do not fit should fail before images are slowly decoded.
     torch.manual_seed(recipe.seed)
-    vit, teacher, seen_before = ViT(**config.model), None, None
+    model, teacher, seen_before = make_model(**config.model), None, None
     if recipe.init_from and not run.saved:
-        seen_before = load_pretrained(vit, recipe.init_from)
+        seen_before = load_pretrained(model, recipe.init_from)
     if recipe.teacher:
         teacher, _, seen = load_classifier(recipe.teacher, recipe.precision)
         teacher.to(device).eval().requires_grad_(False)
@@ -71,11 +70,12 @@ def train(config: Config, device: torch.device, run: Run) -> None:
         data.require(seen["fingerprint"], f"train.teacher {recipe.teacher}")
     if seen_before not in (None, data.fingerprint):
         say("train.init_from: began with other images, or with another split of them", sys.stderr)
-    batches, val = Batches(data.train.to(device), recipe), data.val.to(device)
+    batches = Batches(data.train.to(device), recipe)
+    val = data.val and data.val.to(device)
 
     # Everything that training changes, and the step that changes it: eager, compiled or captured.
-    classifier = Classifier(vit, data.mean, data.std, recipe.precision).to(device)
-    state = TrainState(classifier, make_optimizers(vit, recipe))
+    classifier = Classifier(model, data.mean, data.std, recipe.precision).to(device)
+    state = TrainState(classifier, make_optimizers(model, recipe))
     step = prepare(training_step, state, recipe, teacher)
     run.begin(state, data, teacher)
 
@@ -94,7 +94,7 @@ def train(config: Config, device: torch.device, run: Run) -> None:
         run.check_finite(state)
         train_loss = total(state.loss_sum).item() / WORLD_SIZE / len(batches)
         speed = len(batches) * recipe.batch_size / (time.perf_counter() - started)
-        val_loss, val_accuracy = evaluate(classifier, val)
+        val_loss, val_accuracy = evaluate(classifier, val) if val else (None, None)
         row = dict(epoch=epoch + 1, train_loss=train_loss, val_loss=val_loss)
         row |= dict(val_accuracy=val_accuracy, learning_rate=state.learning_rate)
         row |= dict(images_per_second=speed, seconds=time.perf_counter() - started)

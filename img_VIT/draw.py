@@ -135,7 +135,7 @@ class Pictures:
     def __init__(self, args: Namespace):
         self.classifier, config, saved = load_classifier(args.checkpoint)
         self.classifier4, *_ = load_classifier(args.patch4_checkpoint)  # for maps over the image
-        self.vit, self.vit4 = self.classifier.vit, self.classifier4.vit
+        self.vit, self.vit4 = self.classifier.model, self.classifier4.model
         if not all(isinstance(m.positions, PositionalEmbedding) for m in (self.vit, self.vit4)):
             raise InputError("--checkpoint: the pictures are of models with positions")
         self.classes = saved["classes"]

@@ -37,12 +37,15 @@ def image_folder(tmp_path_factory) -> Path:
     return write_image_folder(tmp_path_factory.mktemp("images"))
 
 
-def write_tiny_config(folder: Path, image_folder: Path, **train_keys) -> Path:
+TINY_VIT = "image_size: 16, embedding_dim: 16, num_blocks: 1, mlp_dim: 16"
+
+
+def write_tiny_config(folder: Path, image_folder: Path, model=TINY_VIT, **train_keys) -> Path:
     """Write a configuration whose run takes a second: 6 steps in each of 2 epochs, dropout 0.1."""
     keys = dict(epochs=2, batch_size=8, device="cpu", precision="float32", seed=3, crop_padding=2)
     path = folder / "tiny.yaml"
     path.write_text(
-        "model: {image_size: 16, embedding_dim: 16, num_blocks: 1, mlp_dim: 16, num_classes: 3}\n"
+        f"model: {{{model}, num_classes: 3}}\n"
         f"data: {{name: image_folder, root: {image_folder}, val_fraction: 0.2}}\n"
         f"train: {{{', '.join(f'{key}: {value}' for key, value in (keys | train_keys).items())}}}\n"
     )
@@ -76,7 +79,7 @@ def saved_weights(monkeypatch) -> list:
 
 def of_vit(weights: dict) -> dict:
     """Return those of a classifier's weights that are the network's, by the network's names."""
-    return {k.removeprefix("vit."): t for k, t in weights.items() if k.startswith("vit.")}
+    return {k.removeprefix("model."): t for k, t in weights.items() if k.startswith("model.")}
 
 
 def pytest_addoption(parser):

@@ -39,8 +39,10 @@ def test_attention_weights_are_those_of_multihead_attention():
         model.precision = precision
         weights = analysis.attention_weights(model, images)
         assert model.training and model.precision == precision  # as before, though dropout was off
-        inputs = analysis.inputs_of([block.attention for block in model.vit.blocks], model, images)
-        for block, z, A in zip(model.vit.blocks, inputs, weights, strict=True):
+        inputs = analysis.inputs_of(
+            [block.attention for block in model.model.blocks], model, images
+        )
+        for block, z, A in zip(model.model.blocks, inputs, weights, strict=True):
             flags = dict(need_weights=True, average_attn_weights=False)
             attention = block.attention.eval()
             torch.testing.assert_close(
@@ -50,7 +52,7 @@ def test_attention_weights_are_those_of_multihead_attention():
 
 def test_inputs_of_are_what_the_model_computes_and_leave_no_hooks():
     model, images = tiny_model().eval(), IMAGES
-    vit = model.vit
+    vit = model.model
     z_0, y = analysis.inputs_of([vit.blocks[0], vit.head], model, images)
     x = (images / 255 - 0.5) / 0.25
     torch.testing.assert_close(z_0, vit.positions(vit.projection(vit.patches(x))))

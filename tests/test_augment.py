@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from vit.augment import augment, crop, cutmix, flip
+from vit.augment import augment, crop, cutmix, cutout, flip
 from vit.config import TrainConfig
 
 
@@ -30,6 +30,25 @@ def test_flip_mirrors_the_columns_of_masked_images_only(images):
     result = flip(images, mask).numpy()
     for image, flipped, mirrored in zip(images.numpy(), result, mask, strict=True):
         assert np.array_equal(flipped, image[:, :, ::-1] if mirrored else image)
+
+
+def test_cutout_is_the_erasing_of_torchvision(images):
+    corners = torch.randint(0, 8, (2, 50), generator=torch.Generator().manual_seed(1))
+    corners[:, 0], corners[:, 1] = 0, 7
+    results = cutout(images, torch.cat([corners, corners + 5]))
+    for image, result, (left, top) in zip(images, results, corners.T.tolist(), strict=True):
+        assert torch.equal(result, v2.functional.erase(image, top, left, 5, 5, torch.tensor(0)))
+
+
+def test_augment_lays_the_square_on_every_place_evenly():
+    torch.manual_seed(0)
+    images = torch.full((8_000, 3, 12, 12), 255, dtype=torch.uint8)
+    recipe = TrainConfig(crop_padding=0, horizontal_flip=False, cutout=9)
+    holes = augment(images, torch.zeros(8_000, 2), recipe)[0][:, 0] == 0
+    assert (holes.sum((1, 2)) == 81).all()
+    first = holes.flatten(1).int().argmax(1)  # the square's first pixel: 4 rows, 4 columns
+    counts = torch.bincount(first // 12 * 4 + first % 12, minlength=16)
+    assert len(counts) == 16 and ((counts - 500).abs() < 5 * 500**0.5).all()
 
 
 def test_cutmix_is_that_of_torchvision(images):

@@ -23,7 +23,7 @@ def test_logits_are_the_networks_of_normalised_and_enlarged_images():
         classifier = Classifier(ViT(image_size=size), *IMAGENET).eval()
         x = normalised(IMAGES, *IMAGENET)
         x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
-        expected = classifier.vit(x.float())
+        expected = classifier.model(x.float())
         torch.testing.assert_close(classifier(IMAGES), expected, atol=1e-5, rtol=1e-4)
     for wrong in IMAGES[:, :, :16], IMAGES.repeat(1, 1, 2, 2):  # never squeezed or cropped
         with pytest.raises(AssertionError, match="images must have shape"):
@@ -47,7 +47,7 @@ def test_the_weights_that_ship_are_loaded_by_name_and_follow_a_change_of_type(na
         logits = classifier(IMAGES)
         saved = torch.load(vit.classifier.WEIGHTS / f"{name}.pt")
         parts = (saved["classifier"][part].flatten().tolist() for part in ("mean", "std"))
-        expected = classifier.vit.double()(normalised(IMAGES, *parts))
+        expected = classifier.model.double()(normalised(IMAGES, *parts))
         torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=1e-4)
         for dtype, tolerance in (
             (torch.float64, 1e-4),

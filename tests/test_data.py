@@ -175,6 +175,14 @@ def test_the_fingerprint_is_sha256_of_every_image_and_label_in_order(image_folde
     assert data.fingerprint == sha.hexdigest()
 
 
+def test_without_validation_all_images_are_for_training_in_their_own_order(image_folder):
+    data = load_folder(image_folder, val_fraction=0)
+    images, labels = read_folder(image_folder, "train")
+    assert data.val is None and np.array_equal(data.train.images, images)
+    assert np.array_equal(data.train.labels, labels)
+    assert data.fingerprint != load_folder(image_folder, val_fraction=0.2).fingerprint
+
+
 def test_batches_are_every_image_once_in_another_order_each_epoch_from_any_batch_on():
     split = Split(torch.arange(23)[:, None, None, None].repeat(1, 3, 2, 2).byte(), torch.arange(23))
     batches = Batches(split, TrainConfig(batch_size=5, seed=4))

@@ -16,8 +16,10 @@ import train
 from vit import Classifier, ViT, checkpoint
 from vit.augment import augment, cutmix
 from vit.config import TrainConfig
+from vit.convnet import ConvNet
 from vit.data import Split
 from vit.distributed import RANK, WORLD_SIZE, processes, share
+from vit.errors import InputError
 from vit.evaluation import evaluate
 from vit.optim import make_optimizers
 
@@ -90,10 +92,20 @@ CASES = {  # what is trained twice, and how near two processes come to one
 }
 
 
+def refuse_batch_norm() -> str:
+    classifier = Classifier(ConvNet(image_size=16), [0.5] * 3, [0.2] * 3)
+    try:
+        checkpoint.TrainState(classifier, [])
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def work(folder: Path, config: str) -> None:
     with processes(torch.device("cpu")):
         result = {name: train_ten_steps(*keys) for name, (keys, _) in CASES.items()}
         result["eleven"] = evaluate_eleven_images()
+        result["convnet"] = refuse_batch_norm()
         result["epoch"] = images_of_an_epoch(folder, config)
     torch.save(result, folder / f"{WORLD_SIZE}-{RANK}.pt")
 
@@ -132,6 +144,11 @@ def test_the_teacher_and_cutmix_mattered(results):
     plain = results["one"]["sgd"]
     for name in "sgd, teacher", "sgd, CutMix":
         assert any((t - plain[k]).abs().max() > 1e-3 for k, t in results["one"][name].items())
+
+
+def test_batch_norm_is_refused_in_several_processes(results):
+    assert results["one"]["convnet"] == ""
+    assert all("batch norm" in results[rank]["convnet"] for rank in ("rank 0", "rank 1"))
 
 
 def test_every_image_is_used_once_in_an_epoch_and_in_an_evaluation(results):

@@ -34,7 +34,7 @@ def test_the_script_prints_json_that_agrees_with_the_training_run_and_numpy(file
         assert result[f"test_{key}"] == pytest.approx(value, rel=1e-5)
     # From the files to the figures without the project's data and evaluation code.
     classifier = checkpoint.load_classifier(file)[0]
-    model = classifier.vit.eval()
+    model = classifier.model.eval()
     mean, std = classifier.mean.double().numpy(), classifier.std.double().numpy()
     hits, losses = {}, []
     for label, name in enumerate(CLASSES):
@@ -123,7 +123,7 @@ def test_images_of_any_kind_are_classified_as_their_pixels_are(file, tmp_path, c
         x = torch.tensor(
             ((pixels / 255 - mean) / std).transpose(2, 0, 1)[None], dtype=torch.float32
         )
-        logits = classifier.vit(x).detach().double().numpy()[0]
+        logits = classifier.model(x).detach().double().numpy()[0]
         likely = dict(zip(CLASSES, np.exp(logits) / np.exp(logits).sum(), strict=True))
         top = found[str(images / name)]  # 3 classes, since there are no 5
         assert top == pytest.approx(likely, abs=0.01), name

@@ -90,5 +90,7 @@ def test_the_schedules_warm_up_then_fall_to_zero_or_stay():
     assert factors[:100] == pytest.approx([(step + 1) / 101 for step in range(100)])
     angles = [math.pi * (step - 100) / 900 for step in range(100, 1000)]
     assert factors[100:] == pytest.approx([(1 + math.cos(angle)) / 2 for angle in angles])
+    line = [learning_rate_factor(s, 10, TrainConfig(schedule="linear")) for s in range(10)]
+    assert line == pytest.approx([1 - s / 10 for s in range(10)])
     warm = [learning_rate_factor(step, 10, TrainConfig(warmup_fraction=0.2)) for step in range(10)]
     assert warm == pytest.approx([1 / 3, 2 / 3, *[1.0] * 8])  # the constant one

@@ -198,5 +198,5 @@ def test_train_starts_from_the_weights_and_resumes_without_the_file(
     weights.unlink()
     assert train.main(["--resume", str(run)]) == 0
     classifier, config, _ = checkpoint.load_classifier(run / checkpoint.NAME)
-    assert classifier.vit.image_size == 40 and config.data.image_size == 16
+    assert classifier.model.image_size == 40 and config.data.image_size == 16
     assert classifier.mean[0].item() == pytest.approx(0.485)

@@ -59,6 +59,7 @@ RECIPES = {
     "bfloat16": {"precision": "bfloat16"},
     "compiled": {"execution": "compiled"},
     "taught": {"teacher": "PATH", "cutmix": 0.5},
+    "convnet": {"model": "name: convnet, image_size: 16", "optimizer": "sgd", "cutout": 3},
 }
 
 

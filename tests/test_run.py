@@ -81,7 +81,8 @@ def spoil_momentum(state):
 
 POISONS = {  # what is spoilt, and when: before a save in an epoch, at its end, at the last end
     "loss": (8, EACH_STEP, lambda state: state.loss_sum.fill_(math.inf)),
-    "weight": (6, (), lambda state: state.classifier.vit.head.bias.data[1:].fill_(math.nan)),
+    "weight": (6, (), lambda state: state.classifier.model.head.bias.data[1:].fill_(math.nan)),
+    "mean": (7, EACH_STEP, lambda state: state.classifier.mean[0].fill_(math.nan)),
     "momentum": (12, (), spoil_momentum),
 }
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, of_vit, write_image_folder
 
+import evaluate
 import train
 import vit.run
 from vit import ViT, checkpoint
@@ -34,7 +35,7 @@ def read_rows(run_dir):
 
 def loss_and_accuracy(classifier, split, mean, std):
     """The same as vit.evaluation's, in one batch and from the pixels on."""
-    model = classifier.vit
+    model = classifier.model
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
     with torch.no_grad():
         logits = model.eval()(((split.images / 255.0 - mean) / std).float())
@@ -63,6 +64,19 @@ def test_a_run_writes_its_folder_and_prints_a_summary(run_train, tmp_path):
     count = sum(tensor.numel() for tensor in of_vit(saved["classifier"]).values())
     for part in (f"{count:,}", f"{accuracy:.2f} % of 60 images", str(run_dir)):
         assert part in "\n".join(lines[2:])
+
+
+def test_a_run_without_validation_says_so_in_its_metrics_and_goes_on(run_train, tmp_path, capsys):
+    path, flags = tmp_path / "run" / checkpoint.NAME, ("--data.val_fraction", "0")
+    assert run_train(*flags, "--train.epochs", "1", run_dir="one")[0] == 0
+    code, out, _ = run_train(*flags)
+    assert code == 0 and "val_" not in out and out.startswith("epoch 1, train_loss ")
+    rows = read_rows(tmp_path / "run")
+    assert [(row["val_loss"], row["val_accuracy"]) for row in rows] == [("", "")] * 2
+    assert checkpoint.load(path)["step"] == 2 * (60 // 8)  # all 60 images
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0  # reads the empty cells
+    assert evaluate.main(["--checkpoint", str(path), "--split", "val"]) == 2
+    assert "--split val: data.val_fraction is 0" in capsys.readouterr().err
 
 
 def test_the_written_configuration_reproduces_the_run(run_train, tmp_path):
@@ -127,7 +141,7 @@ def test_a_run_makes_the_steps_of_a_plain_loop(run_train, tmp_path, saved_weight
 EFFECTS = """train.epochs=3 train.batch_size=7 train.accumulation_steps=4 train.optimizer=adam
 train.learning_rate=2e-3 train.weight_decay=0.1 train.clip_norm=1e-9 train.schedule=cosine
 train.warmup_fraction=0.5 train.label_smoothing=0.1 train.crop_padding=0
-train.horizontal_flip=false train.cutmix=0.5 train.finish_crop=0.5 train.seed=4
+train.horizontal_flip=false train.cutout=4 train.cutmix=0.5 train.finish_crop=0.5 train.seed=4
 train.precision=bfloat16 data.image_size=8 data.normalization=imagenet
 data.val_fraction=0.25 data.split_seed=1 model.drop_rate=0"""
 # Those that must not change them here, or that other tests are about.

@@ -19,17 +19,27 @@ def flip(images: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask[:, None, None, None], images.flip(-1), images)
 
 
+def inside(boxes: Tensor, size: int) -> Tensor:
+    """Return which pixels boxes hold, (4, B) of left, top, right and bottom: (B, 1, S, S)."""
+    place = torch.arange(size, device=boxes.device)
+    left, top, right, bottom = boxes[:, :, None]
+    rows, columns = (place >= top) & (place < bottom), (place >= left) & (place < right)
+    return rows[:, None, :, None] & columns[:, None, None, :]
+
+
+def cutout(images: Tensor, boxes: Tensor) -> Tensor:
+    """Blacken a box of each image (DeVries & Taylor, 2017): (B, C, S, S), (4, B)."""
+    return images.masked_fill(inside(boxes, images.shape[-1]), 0)
+
+
 def cutmix(images: Tensor, targets: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Paste a box of the image before each, and mix the targets by its area (Yun et al., 2019).
 
     Shapes: images (B, C, S, S), targets (B, K), boxes (4, B) of left, top, right and bottom.
     """
-    place = torch.arange(images.shape[-1], device=images.device)
-    left, top, right, bottom = boxes[:, :, None]
-    rows, columns = (place >= top) & (place < bottom), (place >= left) & (place < right)
-    inside = rows[:, None, :, None] & columns[:, None, None, :]  # (B, 1, S, S)
-    area = inside.float().mean((2, 3))  # (B, 1)
-    images = torch.where(inside, images.roll(1, 0), images)
+    box = inside(boxes, images.shape[-1])
+    area = box.float().mean((2, 3))  # (B, 1)
+    images = torch.where(box, images.roll(1, 0), images)
     return images, torch.lerp(targets, targets.roll(1, 0), area)
 
 
@@ -41,6 +51,9 @@ def augment(images: Tensor, targets: Tensor, recipe: TrainConfig) -> tuple[Tenso
         images = crop(images, recipe.crop_padding, *corners)
     if recipe.horizontal_flip:
         images = flip(images, torch.rand(batch, device=device) < 0.5)
+    if recipe.cutout:  # anywhere inside of the image
+        corner = torch.randint(size - recipe.cutout + 1, (2, batch), device=device)
+        images = cutout(images, torch.cat([corner, corner + recipe.cutout]))
     if recipe.cutmix:
         chosen = torch.rand(batch, device=device) < recipe.cutmix
         side = size * chosen * torch.rand(batch, device=device).sqrt()  # the area is uniform

@@ -17,12 +17,11 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from vit.classifier import Classifier
-from vit.config import Config
+from vit.config import Config, make_model
 from vit.distributed import wrap
 from vit.errors import InputError, say
-from vit.model import ViT
 
-FORMAT = "vit checkpoint 3"
+FORMAT = "vit checkpoint 4"
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 # The parts of a file and their types: of weights, and what a run adds to go on.
 WEIGHTS_PARTS = {"config": dict, "classes": list, "fingerprint": str, "classifier": dict}
@@ -58,6 +57,7 @@ class TrainState:
     def is_finite(self) -> bool:
         """Say, with one reduction, whether loss, weights and optimiser state are."""
         tensors = [self.loss_sum, *self.classifier.parameters()]
+        tensors += [t for t in self.classifier.buffers() if t.is_floating_point()]
         for optimizer in self.optimizers:
             for buffers in optimizer.state.values():
                 tensors += buffers.values()
@@ -164,7 +164,7 @@ def load(path: Path, parts: dict[str, Any] = RUN_PARTS) -> dict[str, Any]:
         is_table = all(
             isinstance(row, dict)
             and [*row] == COLUMNS
-            and all(isinstance(value, int | float) for value in row.values())
+            and all(isinstance(value, int | float | None) for value in row.values())
             for row in rows
         )
         if not is_table or not all(isinstance(name, str) for name in saved["classes"]):
@@ -188,7 +188,7 @@ def load_classifier(
     saved = load(Path(path), WEIGHTS_PARTS)
     try:
         config = Config.from_dict(saved["config"])
-        classifier = Classifier(ViT(**config.model), [0.0] * 3, [1.0] * 3, precision)
+        classifier = Classifier(make_model(**config.model), [0.0] * 3, [1.0] * 3, precision)
         classifier.load_state_dict(saved["classifier"])  # mean and std too
     except (InputError, RuntimeError) as error:
         raise InputError(f"{path}: its parts do not fit each other: {error!s:.200}") from None

@@ -6,23 +6,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit.model import CHANNELS, ViT
+from vit.model import CHANNELS
 
 WEIGHTS = Path(__file__).parent / "weights"  # those that ship
 BEST_WEIGHTS = WEIGHTS / "cifar10_record.pt"
 
 
 class Classifier(nn.Module):
-    """A ViT with what goes around it: images are enlarged and normalised, logits are float32.
+    """A model with what goes around it: images are enlarged and normalised, logits are float32.
 
     It follows `.to(dtype)`, of which float64 gives float64 logits; `precision` "bfloat16" is
     autocast. The mean and std of each channel are those of pixels in [0, 1]. Shapes: uint8
     (B, 3, S, S) → (B, K). Raises TypeError for any other images.
     """
 
-    def __init__(self, vit: ViT, mean: list[float], std: list[float], precision: str = "float32"):
+    def __init__(
+        self, model: nn.Module, mean: list[float], std: list[float], precision: str = "float32"
+    ):
         super().__init__()
-        self.vit, self.precision = vit, precision
+        self.model, self.precision = model, precision
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
 
@@ -30,13 +32,13 @@ class Classifier(nn.Module):
         if images.dtype != torch.uint8 or images.shape[1:-2] != (CHANNELS,):
             found = f"{images.dtype} {tuple(images.shape)}"
             raise TypeError(f"images must be uint8 in 0..255, (B, {CHANNELS}, S, S), got {found}")
-        x, size = images.to(self.mean.dtype), self.vit.image_size
+        x, size = images.to(self.mean.dtype), self.model.image_size
         if x.shape[-2] == x.shape[-1] < size:  # any other size is the model's to refuse
             x = F.interpolate(x, (size, size), mode="bilinear")
         # (x / 255 - mean) / std in one pass over the pixels.
         x = torch.addcmul(-self.mean / self.std, x, 1 / (255 * self.std))
         with torch.autocast(images.device.type, torch.bfloat16, self.precision == "bfloat16"):
-            logits = self.vit(x)
+            logits = self.model(x)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

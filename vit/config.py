@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 import os
 from argparse import SUPPRESS, ArgumentError
@@ -11,16 +12,18 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, OpenUnitInterval, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from jsonargparse.typing import restricted_number_type as restricted
+from torch import nn
 
+from vit.convnet import ConvNet
 from vit.errors import InputError
 from vit.images import class_names
 from vit.model import ViT
 
 PositiveNumber = restricted("PositiveNumber", float, [(">", 0), ("<=", 1e9)])  # float32 holds it
 NonNegativeNumber = restricted("NonNegativeNumber", float, [(">=", 0), ("<=", 1e9)])
-Padding = restricted("Padding", int, [(">=", 0), ("<=", 1024)])
+Pixels = restricted("Pixels", int, [(">=", 0), ("<=", 1024)])
 Fraction = restricted("Fraction", float, [(">=", 0), ("<", 1)])
 Seed = restricted("Seed", int, [(">=", 0), ("<", 2**32)])
 
@@ -34,7 +37,7 @@ class DataConfig:
         root: the folder of the data set; not used by shapes.
         image_size: pixels at which images are kept, and batches enlarged from; 0: model.image_size.
         normalization: mean and std of each channel, of the training images or torchvision's.
-        val_fraction: the part of the training images that is held out for validation.
+        val_fraction: the part of the training images that is held out for validation; 0: none.
         split_seed: seed of the train/validation split; the run's own seed does not touch it.
     """
 
@@ -42,7 +45,7 @@ class DataConfig:
     root: str = "data"
     image_size: NonNegativeInt = 0
     normalization: Literal["training_images", "imagenet"] = "training_images"
-    val_fraction: OpenUnitInterval = 0.1
+    val_fraction: Fraction = 0.1
     split_seed: Seed = 0
 
 
@@ -61,11 +64,12 @@ class TrainConfig:
         muon_learning_rate: the highest learning rate of Muon's matrices; 0 without muon.
         weight_decay: added to the gradient by adam and sgd, decoupled in the others.
         clip_norm: a gradient whose norm over all parameters is more is scaled to it; 0 for none.
-        schedule: the learning rate after the warm-up: constant, or half a cosine down to 0.
+        schedule: the learning rate after the warm-up: constant, or by half a cosine or a line to 0.
         warmup_fraction: the part of all steps in which the learning rate rises from 0.
         label_smoothing: the part of the target that is spread over all classes.
         crop_padding: random crops after padding by this many pixels; 0 for none.
         horizontal_flip: mirror half of the training images.
+        cutout: side in pixels of a black square laid over each training image; 0 for none.
         cutmix: the part of the images into which a box of another one is pasted.
         finish_cutmix: the last part of the epochs, in which nothing is pasted.
         finish_crop: the last part of the epochs, in which the images are not cropped.
@@ -88,11 +92,12 @@ class TrainConfig:
     muon_learning_rate: NonNegativeNumber = 0.0
     weight_decay: NonNegativeNumber = 1e-4
     clip_norm: NonNegativeNumber = 0.0
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_fraction: Fraction = 0.0
     label_smoothing: Fraction = 0.0
-    crop_padding: Padding = 4
+    crop_padding: Pixels = 4
     horizontal_flip: bool = True
+    cutout: Pixels = 0
     cutmix: ClosedUnitInterval = 0.0
     finish_cutmix: ClosedUnitInterval = 0.0
     finish_crop: ClosedUnitInterval = 0.0
@@ -117,11 +122,20 @@ class TrainConfig:
 PATHS = ("data", "root"), ("train", "init_from"), ("train", "teacher")
 MAY_DIFFER = "data.root", "train.device", "train.execution", "train.teacher"  # when resumed
 SECTIONS = {"model": ViT, "data": DataConfig, "train": TrainConfig}
+CONVNET_KEYS = "name", "image_size", "num_classes"
+VIT_DEFAULTS = {key: p.default for key, p in inspect.signature(ViT).parameters.items()}
+
+
+def make_model(name: str, **arguments) -> nn.Module:
+    """Build the ViT of these arguments, or the convnet of their image size and classes."""
+    if name == "vit":
+        return ViT(**arguments)
+    return ConvNet(arguments["image_size"], arguments["num_classes"])
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run depends on; `model` holds the arguments of `ViT`."""
+    """Everything that a run depends on; `model` holds the arguments of `make_model`."""
 
     model: dict[str, Any]
     data: DataConfig
@@ -164,6 +178,8 @@ def _check_model(model: dict[str, Any]) -> None:
     for key, value in model.items():
         if type(value) is int and value < 1:
             raise InputError(f"model.{key} {value} is not positive")
+        if model["name"] == "convnet" and key not in CONVNET_KEYS and value != VIT_DEFAULTS[key]:
+            raise InputError(f"model.{key} is not a key of model.name convnet")
     if model["num_classes"] < 2:
         raise InputError("model.num_classes 1 leaves nothing to choose")
     if not 0 <= model["drop_rate"] < 1:  # not nan either
@@ -171,8 +187,8 @@ def _check_model(model: dict[str, Any]) -> None:
     if not 0 < model["norm_eps"] < 1:
         raise InputError(f"model.norm_eps {model['norm_eps']} is outside (0, 1)")
     try:
-        with torch.device("meta"):  # no memory, no time: only the checks of ViT itself
-            ViT(**model)
+        with torch.device("meta"):  # no memory, no time: only the checks of the model itself
+            make_model(**model)
     except ValueError as error:
         raise InputError(f"model.{error}") from None
     except (RuntimeError, TypeError):  # torch's own, for sizes beyond what it can count
@@ -183,16 +199,24 @@ def _check_contradictions(config: Config) -> None:
     data, train = config.data, config.train
     if data.image_size > config.model["image_size"]:
         raise InputError("data.image_size is more than model.image_size")
+    if train.cutout > (data.image_size or config.model["image_size"]):
+        raise InputError("train.cutout is more than the image's size")
     if train.batch_size % train.accumulation_steps:
         raise InputError("train.accumulation_steps does not divide train.batch_size")
     if (train.optimizer == "muon") != (train.muon_learning_rate > 0):
         raise InputError("train.muon_learning_rate is above 0 with train.optimizer muon alone")
+    if config.model["name"] == "convnet" and train.optimizer == "muon":
+        raise InputError("train.optimizer muon needs the blocks of model.name vit")
+    if config.model["name"] == "convnet" and train.init_from:
+        raise InputError("train.init_from holds weights of model.name vit")
 
 
 @functools.cache  # reading the docstrings takes a tenth of a second
 def config_parser(with_flags: bool = False) -> ArgumentParser:
     """Return a parser of the three sections and, with `with_flags`, of train.py's own flags."""
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
+    text = "vit, or a convolutional network, of which image_size and num_classes can be chosen"
+    parser.add_argument("--model.name", type=Literal["vit", "convnet"], default="vit", help=text)
     for section, kind in SECTIONS.items():
         parser.add_class_arguments(kind, section)
     for action in (action for action in parser._actions if action.dest in SECTIONS):

@@ -36,7 +36,7 @@ class Dataset:
     """Three splits, the classes in the order of the labels, and how images are normalised."""
 
     train: Split
-    val: Split
+    val: Split | None  # none is held out with data.val_fraction 0
     test: Split | None  # an image folder may have none
     classes: list[str]
     mean: list[float]  # of each channel, for pixels in [0, 1]
@@ -101,7 +101,7 @@ def load_dataset(config: DataConfig, image_size: int, num_classes: int) -> Datas
         raise InputError(f"{config.root}/train: a class has no image")
     if val:
         say(f"validation images: the {len(val.labels)} of {config.root}/val", sys.stderr)
-    else:
+    elif config.val_fraction:
         train, val = hold_out(train, config)
     mean, std = IMAGENET
     if config.normalization == "training_images":

@@ -80,6 +80,8 @@ def wrap(model: nn.Module) -> nn.Module:
     """Return the model, or one whose gradients are the mean over all processes."""
     if WORLD_SIZE == 1:
         return model
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        raise InputError("model.name convnet: batch norm sees one process's images: start one")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames it, 2.9 has no other
         return DistributedDataParallel(model, broadcast_buffers=False)

@@ -32,6 +32,8 @@ def load_images(args: Namespace, config: Config, saved: dict[str, Any], split: s
     say(f"weights {args.checkpoint}, data {where.name} in {where.root}", sys.stderr)
     if split == "val":  # those held out of the training, if these are the training's images
         data = load_dataset(where, size, len(saved["classes"]))
+        if data.val is None:
+            raise InputError("--split val: data.val_fraction is 0, so no image was held out")
         data.require(saved["fingerprint"], f"--split val: {args.checkpoint}")
         return data.val
     images, _ = load_split(where, "test", size, saved["classes"])
@@ -46,7 +48,7 @@ def predict(classifier: Classifier, images: Tensor) -> Tensor:
     was_training = classifier.training
     classifier.eval()
     device = classifier.mean.device
-    parts = images.split(max(1, 16_000 // classifier.vit.num_tokens))  # memory is bounded
+    parts = images.split(max(1, 16_000 // classifier.model.num_tokens))  # memory is bounded
     logits = torch.cat([classifier(part.to(device)) for part in parts])
     classifier.train(was_training)
     return logits

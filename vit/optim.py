@@ -3,11 +3,10 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from vit.config import TrainConfig
-from vit.model import ViT
 
 
 class Muon(Optimizer):
@@ -49,9 +48,9 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return X.mT.contiguous() if is_tall else X
 
 
-def make_optimizers(vit: ViT, recipe: TrainConfig) -> list[Optimizer]:
+def make_optimizers(model: nn.Module, recipe: TrainConfig) -> list[Optimizer]:
     """Return the recipe's optimisers; "muon" is Muon for the blocks' matrices, AdamW for others."""
-    parameters = list(vit.parameters())
+    parameters = list(model.parameters())
     options = dict(weight_decay=recipe.weight_decay, fused=True)
     # Adam's step number on the device too, so that a CUDA graph can count it.
     adam = options | dict(capturable=parameters[0].is_cuda)
@@ -63,7 +62,7 @@ def make_optimizers(vit: ViT, recipe: TrainConfig) -> list[Optimizer]:
         case "adamw":
             return [AdamW(_group(parameters, recipe.learning_rate), **adam)]
         case "muon":
-            matrices = [p for p in vit.blocks.parameters() if p.ndim == 2]
+            matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
             others = [p for p in parameters if all(p is not matrix for matrix in matrices)]
             defaults = dict(weight_decay=recipe.weight_decay, momentum=0.95)
             return [
@@ -83,9 +82,14 @@ def learning_rate_factor(step: int, total_steps: int, recipe: TrainConfig) -> fl
     warmup = recipe.warmup_fraction * total_steps
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    if recipe.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
+    done = (step - warmup) / (total_steps - warmup)
+    match recipe.schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1 - done
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
 
 
 def set_learning_rates(optimizers: list[Optimizer], factor: float) -> None:

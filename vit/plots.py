@@ -70,6 +70,7 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     with picture(path, 3.5, len(CURVES)) as row:
         for axes, (key, title) in zip(row, CURVES.items(), strict=True):
             for name, rows in runs.items():
+                rows = [row for row in rows if row[key] not in (None, "")]  # no validation
                 epochs = [float(row["epoch"]) for row in rows]
                 values = [float(row[key]) for row in rows]
                 axes.plot(epochs, values, "o" if len(rows) == 1 else "-", label=name)

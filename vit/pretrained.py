@@ -124,7 +124,7 @@ def _read(source: str) -> tuple[dict[str, Any], str | None]:
         if "format" not in weights:
             return weights, None
         classifier, _, saved = load_classifier(source)  # a checkpoint of our own
-        return classifier.vit.state_dict(), saved["fingerprint"]
+        return classifier.model.state_dict(), saved["fingerprint"]
     from torchvision.models import get_model_weights, list_models  # slow to import
 
     names = list_models(include="vit_*")

@@ -175,7 +175,8 @@ class Run(contextlib.ExitStack):
         """Save, unless that was done a moment ago, and print the epoch's metrics."""
         self.save(state, wait=5)  # seconds: an epoch can be shorter than a save
         if RANK == 0:
-            say(", ".join(f"{k} {v:.5g}" for k, v in state.history[-1].items()))
+            row = {k: v for k, v in state.history[-1].items() if v is not None}  # no validation
+            say(", ".join(f"{k} {v:.5g}" for k, v in row.items()))
 
     def save(self, state: TrainState, wait: float = 0.0) -> None:
         """Save if this is the end, `wait` seconds passed or a signal came, which then stops it."""

@@ -85,6 +85,7 @@ def prepare(
             fault = f"train.execution compiled needs a C++ compiler: {error!s:.300}"
             raise InputError(fault) from None
         state.network = torch.compile(state.network)
+        teacher = teacher and torch.compile(teacher)
     step = functools.partial(step, state, teacher=teacher)
     if recipe.execution != "graph":
         return step
