@@ -1,5 +1,6 @@
 """Draw every picture of the README from code, data, results and weights: python img_VIT/draw.py"""
 
+import copy
 import csv
 import math
 import sys
@@ -11,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it sees img_VI
 import torch
 import torch.nn.functional as F
 from jsonargparse import Namespace
+from matplotlib import rc_context
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
@@ -25,54 +27,107 @@ from vit.plots import RESULT_PICTURES, picture, plot_runs, shade
 
 RESULTS = Path(__file__).parents[1] / "configs" / "results"
 EXAMPLE_CLASS, EXAMPLE_NUMBER = 7, 6  # the image that is followed: the seventh horse of the test
-QUERY = -7  # the patch whose attention is shown, counted from the end
-ROWS = {  # pictures that are a row of panels, by the panels' names
-    "model": "image → patches → x_p → z_0 → z_L → y → scores",
-    "patches": "image → patches → x_p",
-    "positions": "projected + positions = z_0",
-    "layer_norm": "z_0 → normed",
-    "mlp": "mlp_input → hidden → active → mlp_output",
-}
+QUERY, TOKEN = 9, 9  # the patch whose attention is shown, and the token whose MLP is
+GREY = "#777b80"  # as far from white as from GitHub's black
+STYLE = {f"{part}color": GREY for part in ("text.", "axes.label", "axes.edge", "xtick.", "ytick.")}
+STYLE |= {"axes.facecolor": "none", "savefig.transparent": True, "legend.framealpha": 0}
+STYLE |= {"font.size": 14, "axes.titlesize": 14}  # 880 pixels wide, these are the README's 16
 PUBLISHED = [  # plain ViTs: name, patch size, millions of parameters, test accuracy (%)
-    ("the tutorial project", 8, 0.848, 67.46),
-    ("small ViT", 4, 0.82, 82.5),
-    ("small ViT, RandAugment", 4, 0.82, 86.3),
-    ("ViT-Lite-6/4 (2104.05704)", 4, 3.2, 90.9),
-    ("ViT-Lite-7/8 (2104.05704)", 8, 3.7, 89.1),
+    ("the tutorial", 8, 0.848, 67.46),
+    ("its author's other ViT", 4, 0.82, 82.5),
+    ("the same, RandAugment", 4, 0.82, 86.3),
+    ("ViT-Lite-6/4", 4, 3.2, 90.9),
+    ("ViT-Lite-7/8", 8, 3.7, 89.1),
     ("ViT (2112.13492)", 4, 2.8, 93.6),
 ]
+TICKS = [1, 3, 10, 30, 100, 300]  # minutes
+LEARNING = {  # runs of configs/results, and what they learn from
+    "cifar10_adamw": "patch 8, the tutorial's recipe",
+    "cifar10": "patch 8, labels",
+    "cifar10_record": "patch 8, teacher",
+    "cifar10_patch4": "patch 4, teacher",
+}
+
+ABLATIONS = {  # files of configs/results/ablations: 20 epochs of cifar10.yaml but for one thing
+    "all_seed_0": "the whole recipe",
+    "normal": "positions from N(0, 1)",
+    "no_smoothing": "no label smoothing",
+    "cutmix": "CutMix of half",
+    "weight_decay": "weight decay 1e-4",
+    "dropout": "dropout 0.1",
+    "adamw": "AdamW for all",
+    "class_token": "class token (D.3)",
+    "no_positions": "no positions (D.4)",
+    "patch_16": "patch size 16",
+}
 
 
-def _show(axes, values: Tensor | dict[str, float]) -> None:
-    """Draw bars, an image (3, H, W), or a matrix: orange below 0, violet above."""
-    axes.set_xticks([])
-    if isinstance(values, dict):
-        axes.barh(list(values), list(values.values()))
-        axes.invert_yaxis()
-        return
-    axes.set_yticks([])
+def _show(axes, values: Tensor) -> None:
+    """Draw an image (3, H, W), or a matrix: orange below 0, violet above."""
+    axes.set(xticks=[], yticks=[])
     if values.ndim == 3:
         axes.imshow(values.permute(1, 2, 0).numpy(), interpolation="nearest")
-    else:
-        top = values.float().abs().quantile(0.99).item()
-        scale = dict(vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
-        axes.imshow(values.numpy(), "PuOr", **scale)
-        axes.set_box_aspect(0.1 if len(values) == 1 else 1)
+        return
+    top = values.float().abs().quantile(0.99).item()
+    scale = dict(vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
+    axes.imshow(values.numpy(), "PuOr", **scale)
 
 
-def _row(path: Path, signs: list[str], panels: list[tuple]) -> None:
-    """Draw panels side by side: a sign on the left of each, a title, values and a text below."""
-    with picture(path, 1.4 + 9 / max(3, len(panels)), len(panels), formulas=True) as row:
-        for axes, sign, (title, values, text) in zip(row, signs, panels, strict=True):
-            _show(axes, values)
-            axes.set_title(title, fontsize=11)
+def _bars(axes, values: Tensor) -> None:
+    """Draw a vector as one thin bar a number."""
+    axes.bar(range(len(values)), values.numpy(), width=1.0)
+    axes.axhline(0, color=GREY, linewidth=0.5)
+    axes.set(xticks=[], yticks=[])
+    axes.set_frame_on(False)
+
+
+def _arrow(axes, text: str) -> None:
+    """Draw an arrow to the right with an operation above it; a sum has signs instead."""
+    axes.axis("off")
+    if text in "+=":
+        axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=20, transform=axes.transAxes)
+        return
+    axes.annotate(
+        "", (1, 0.5), (0, 0.5), "axes fraction", arrowprops=dict(arrowstyle="->", color=GREY, lw=2)
+    )
+    axes.text(0.5, 0.56, text, ha="center", va="bottom", transform=axes.transAxes)
+
+
+def _scores(axes, scores: dict[str, float], right: str) -> None:
+    """Draw a bar a class, the right one in another colour."""
+    colors = ["C1" if name == right else "C0" for name in scores]
+    axes.barh(list(scores), list(scores.values()), color=colors)
+    for tick in axes.get_yticklabels():
+        if tick.get_text() == right:
+            tick.set(color="C1", fontweight="bold")
+    axes.invert_yaxis()
+    axes.set(xticks=[])
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def _flow(path: Path, height: float, steps: list[str | tuple]) -> None:
+    """Draw panels of (title, values, text below, width), and the operations between them."""
+    widths = [
+        0.3 if step in ("+", "=") else 0.8 if type(step) is str else step[3] for step in steps
+    ]
+    with picture(path, height, len(steps), formulas=True, width_ratios=widths) as row:
+        for axes, step in zip(row, steps, strict=True):
+            if isinstance(step, str):
+                _arrow(axes, step)
+                continue
+            title, values, text, _ = step
+            if isinstance(values, tuple):
+                _scores(axes, *values)
+            else:
+                _show(axes, values)
+                axes.set_box_aspect(8 if values.shape[-1] == 1 else 1)
+            axes.set_title(title)
             axes.set_xlabel(text)
-            axes.set_ylabel(sign, rotation=0, fontsize=18, ha="right", va="center")
 
 
-def _grid(images: Tensor, columns: int) -> Tensor:
-    """Lay out images row by row. Shapes: (n, 3, H, W) → (3, rows·(H + 1) + 1, …)."""
-    return make_grid(images, columns, padding=1, pad_value=255)
+def _grid(images: Tensor, columns: int, gap: int = 1) -> Tensor:
+    """Lay out images row by row. Shapes: (n, 3, H, W) → (3, rows·(H + gap) + gap, …)."""
+    return make_grid(images, columns, padding=gap, pad_value=255)
 
 
 def attention_distance(weights: Tensor, patch_size: int) -> Tensor:
@@ -109,13 +164,11 @@ def filter_components(projection: Tensor, count: int) -> Tensor:
     return components.unflatten(1, (CHANNELS, side, side))
 
 
-def _mosaic(path: Path, height: float, title: str, images: Tensor, names: list[str]) -> None:
-    """Draw uint8 images (n, 3, H, W) row by row, with the names of the columns below."""
+def _mosaic(path: Path, height: float, title: str, images: Tensor, columns: int) -> None:
+    """Draw uint8 images (n, 3, H, W) row by row."""
     with picture(path, height, formulas=True) as axes:
-        _show(axes, _grid(images, len(names)))
-        axes.set_title(title, fontsize=11)
-        axes.set_xticks([(i + 0.5) * (images.shape[3] + 1) for i in range(len(names))], names)
-        axes.tick_params(length=0)
+        _show(axes, _grid(images, columns))
+        axes.set_title(title)
         axes.set_frame_on(False)
 
 
@@ -140,7 +193,8 @@ class Pictures:
             raise InputError("--checkpoint: the pictures are of models with positions")
         self.classes = saved["classes"]
         self.images, self.labels = load_images(args, config, saved, "test")
-        image = self.sample(EXAMPLE_CLASS % len(self.classes))[None].float()
+        self.label = EXAMPLE_CLASS % len(self.classes)
+        image = self.sample(self.label)[None].float()
         size = self.vit.image_size, self.vit.image_size
         self.image = F.interpolate(image, size, mode="bilinear")[0].to(torch.uint8)
 
@@ -157,113 +211,266 @@ class Pictures:
         inputs = analysis.inputs_of(modules, self.classifier, self.image[None])
         return [torch.atleast_2d(x[0]) for x in inputs]
 
-    def panels(self) -> dict[str, tuple]:
-        """Return what the example becomes on its way: titles, values and texts, by name."""
-        vit, p, last = self.vit, self.vit.patches.patch_size, len(self.vit.blocks)
-        block, mlp = vit.blocks[0], vit.blocks[0].mlp
-        x_p = vit.patches(self.image[None])[0]
-        cut = _grid(x_p.unflatten(1, (3, p, p)), vit.image_size // p)
-        projected, z_0, normed = self.inputs_of(vit.positions, block.norm1, block.attention)
-        mlp_input, hidden, active, mlp_output = self.inputs_of(mlp, mlp[1], mlp[2], mlp[4])
-        z_L, y = self.inputs_of(vit.norm, vit.head)
-        scores = dict(zip(self.classes, vit.head(y)[0].softmax(0).tolist(), strict=True))
-        panels = {
-            "image": ("image", self.image, f"{vit.image_size} × {vit.image_size} × 3"),
-            "patches": ("patches", cut, f"{len(x_p)} of {p} × {p} × 3"),
-            "x_p": ("$x_p$", x_p, f"{len(x_p)} × {x_p.shape[1]}"),
-            "projected": ("$x_p E$", projected, "projected patches"),
-            "positions": ("$E_{pos}$", vit.positions.embedding.weight.detach(), "positions"),
-            "z_0": ("$z_0$", z_0, f"{len(z_0)} × {z_0.shape[1]}"),
-            "normed": ("$LN(z_0)$", normed, "normalised"),
-            "mlp_input": ("$LN(z')$", mlp_input, "input"),
-            "hidden": ("hidden", hidden, "linear layer"),
-            "active": ("GELU(hidden)", active, "GELU"),
-            "mlp_output": ("$MLP(LN(z'))$", mlp_output, "linear layer"),
-            "z_L": (f"$z_{{{last}}}$", z_L, f"{len(z_L)} × {z_L.shape[1]}"),
-            "y": ("$y$", y, f"{y.shape[1]}"),
-            "scores": ("scores", scores, "linear head,\nsoftmax"),
-        }
-        for name in "z_0", "normed":
-            title, x, text = panels[name]
-            mean = round(x.mean().item(), 2) + 0.0  # not -0.0
-            text += f"\nmean {mean:.2f}, sd {x.std(1).mean():.2f}"
-            panels[name] = title, x, text
-        return panels
-
     def draw(self, name: str, path: Path) -> None:
         """Draw the picture of this name."""
         if name in RESULT_PICTURES:
             return RESULT_PICTURES[name](self.images, self.logits, self.labels, self.classes, path)
-        if name not in ROWS:
-            return getattr(self, f"draw_{name}")(path)
-        names, panels = ROWS[name].split(), self.panels()  # every second one is a sign
-        _row(path, ["", *names[1::2]], [panels[name] for name in names[::2]])
+        return getattr(self, f"draw_{name}")(path)
+
+    @cached_property
+    def patches(self) -> Tensor:
+        """The example's patches, (N, 3, P, P)."""
+        p = self.vit.patches.patch_size
+        return self.vit.patches(self.image[None])[0].unflatten(1, (3, p, p))
+
+    def scores(self, image: Tensor, positions: bool = True) -> dict[str, float]:
+        """Return the probability of each class, also without the model's positions."""
+        classifier = copy.deepcopy(self.classifier)
+        if not positions:
+            classifier.model.positions = nn.Identity()
+        scores = predict(classifier, image[None])[0].softmax(0).tolist()
+        return dict(zip(self.classes, scores, strict=True))
+
+    def draw_hero(self, path: Path) -> None:
+        """Follow an image from its pixels to its class, with the operation on each arrow."""
+        vit, p = self.vit, self.vit.patches.patch_size
+        z_0, z_L, y = self.inputs_of(vit.blocks[0].norm1, vit.norm, vit.head)
+        side = vit.image_size // p
+        steps = [
+            ("image", self.image, f"{vit.image_size}×{vit.image_size}×3", 1),
+            "unfold",
+            ("patches", _grid(self.patches, side, 2), f"{len(self.patches)} of {p}×{p}×3", 1),
+            "$· E$\n$+ E_{pos}$",
+            ("$z_0$", z_0, f"{len(z_0)}×{z_0.shape[1]}", 1),
+            f"{len(vit.blocks)} ×\nblock",
+            (f"$z_{{{len(vit.blocks)}}}$", z_L, f"{len(z_L)}×{z_L.shape[1]}", 1),
+            "mean",
+            ("$y$", y.T, f"{y.shape[1]}", 0.2),
+            "$· W$",
+            ("class", (self.scores(self.image), self.classes[self.label]), "", 1),
+        ]
+        _flow(path, 2.9, steps)
+
+    def draw_patches(self, path: Path) -> None:
+        """Cut the image into patches and write each as a row (Eq. 1)."""
+        vit, x_p = self.vit, self.patches.flatten(1)
+        cut = _grid(self.patches, vit.image_size // vit.patches.patch_size, 2)
+        p, size = vit.patches.patch_size, f"{len(x_p)}×{x_p.shape[1]}"
+        steps = [("image", self.image, f"{vit.image_size}×{vit.image_size}×3", 1), "unfold"]
+        steps += [(f"{len(x_p)} patches", cut, f"{p}×{p}×3 each", 1), "flatten"]
+        _flow(path, 3.0, [*steps, ("$x_p$", x_p - 127.5, f"{size}, a row a patch", 1)])
+
+    def draw_positions(self, path: Path) -> None:
+        """Compare image and shuffled image with and without positions, then show z_0 (Eq. 1)."""
+        vit, side = self.vit, self.vit.image_size // self.vit.patches.patch_size
+        order = torch.randperm(len(self.patches), generator=torch.Generator().manual_seed(1))
+        shuffled, steps = _grid(self.patches[order], side, 0), []
+        for title, image in ("image", self.image), ("shuffled", shuffled):
+            text = []
+            for sign, positions in ("with $E_{pos}$", True), ("without", False):
+                name, p = max(self.scores(image, positions).items(), key=lambda item: item[1])
+                text.append(f"{sign}: {name} {100 * p:.0f} %")
+            steps.append((title, image, "\n".join(text), 1.7))
+        projected, z_0 = self.inputs_of(vit.positions, vit.blocks[0].norm1)
+        positions = vit.positions.embedding.weight.detach()[-len(projected) :]
+        steps += [("$x_p E$", projected, "tokens", 1.2), "+"]
+        steps += [("$E_{pos}$", positions, "learned", 1.2), "=", ("$z_0$", z_0, "sum", 1.2)]
+        _flow(path, 2.9, steps)
+
+    def draw_layer_norm(self, path: Path) -> None:
+        """Draw how the tokens' values are spread before and after LayerNorm, and γ and β."""
+        norm = self.vit.blocks[0].norm1
+        (z,) = self.inputs_of(norm)
+        normed = F.layer_norm(z, z.shape[1:], eps=norm.eps)
+        titles = "$z_0$", r"$(z_0 - \mu) / \sigma$", r"$\gamma \cdot$ that $+ \beta$"
+        with picture(path, 3.2, 3, formulas=True) as row:
+            for axes, title, x in zip(row, titles, (z, normed, norm(z).detach()), strict=True):
+                axes.hist(x.flatten().numpy(), bins=60, range=(-4, 4))
+                mean, deviation = x.mean(1).mean().item(), x.std(1, correction=0).mean().item()
+                axes.set_title(title)
+                text = f"mean {mean + 0.0:.2f}, sd {deviation:.2f}".replace("-0.00", "0.00")
+                axes.set(xlabel=text, yticks=[])
+                axes.spines[["top", "left", "right"]].set_visible(False)
+
+    def draw_mlp(self, path: Path) -> None:
+        """Follow one token through the MLP (Eq. 3)."""
+        mlp = self.vit.blocks[0].mlp
+        inputs = self.inputs_of(mlp[0], mlp[1], mlp[3])
+        x, hidden, active = (values[TOKEN % len(values)] for values in inputs)
+        out = mlp[3](active).detach()
+        layout = [["x", "W1", "hidden", "curve", "W2", "out"]]
+        ratios = dict(width_ratios=[1.4, 0.45, 1.4, 1.5, 0.45, 1.4])
+        with picture(path, 2.7, layout, formulas=True, **ratios) as axes:
+            for name, values in dict(x=x, hidden=hidden, out=out).items():
+                _bars(axes[name], values)
+                axes[name].set_xlabel(f"{len(values)} numbers")
+            titles = dict(x="token $LN(z')$", hidden="hidden", out="$MLP(LN(z'))$")
+            for name, text in titles.items():
+                axes[name].set_title(text)
+            _arrow(axes["W1"], "$· W_1$")
+            _arrow(axes["W2"], "$· W_2$")
+            line = torch.linspace(min(-4, hidden.min().item()), max(3, hidden.max().item()), 200)
+            axes["curve"].plot(line, F.gelu(line), color=GREY, linewidth=1)
+            axes["curve"].plot(hidden, active, ".", color="C1")
+            axes["curve"].set(title="GELU", xlabel="before", yticks=[0, 2], xticks=[-3, 0, 3])
+            axes["curve"].spines[["top", "right"]].set_visible(False)
+
+    def draw_scores(self, path: Path) -> None:
+        """Take the mean over the tokens and give each class a score (Eq. 4)."""
+        vit = self.vit
+        z_L, y = self.inputs_of(vit.norm, vit.head)
+        steps = [(f"$z_{{{len(vit.blocks)}}}$", z_L, f"{len(z_L)}×{z_L.shape[1]}", 1), "mean"]
+        steps += [("$y$", y.T, f"{y.shape[1]}", 0.2), "$· W$"]
+        scores = self.scores(self.image)
+        top = f"softmax: {self.classes[self.label]} {100 * scores[self.classes[self.label]]:.0f} %"
+        _flow(path, 2.9, [*steps, (top, (scores, self.classes[self.label]), "", 1.6)])
 
     def draw_block(self, path: Path) -> None:
         """Draw the encoder block with its two residuals and its parameters (Eq. 2, 3)."""
         labels = block_labels(self.vit.blocks[0])
         parts = [r"$z_{\ell-1}$", *labels[:2], "+", *labels[2:], "+", r"$z_\ell$"]
-        places = 0, 1.4, 3.1, 4.4, 6.1, 7.8, 9.1, 10.1
-        with picture(path, 1.8, formulas=True) as axes:
+        places = 0, 1.4, 3.2, 4.55, 5.9, 7.9, 9.35, 10.2
+        with picture(path, 2.2, formulas=True) as axes:
             arrow = dict(arrowstyle="->", color="C1", linewidth=2, shrinkA=0, shrinkB=12)
-            arrow |= dict(connectionstyle="bar,fraction=-0.2")
-            for start in 0.5, 5.2:  # the residuals, each over three parts
-                axes.annotate("", (start + 3.9, 0), (start, 0), arrowprops=arrow)
-            axes.plot((0, 10), (0, 0), color="black", zorder=0)
+            arrow |= dict(connectionstyle="bar,fraction=-0.22")
+            for start, end in (0.45, 4.55), (5.0, 9.35):  # the residuals, each over two parts
+                axes.annotate("", (end, 0), (start, 0), arrowprops=arrow)
+            axes.plot((0, 10.2), (0, 0), color=GREY, zorder=0)
             for place, part in zip(places, parts, strict=True):
-                box = dict(boxstyle="round", facecolor="#E8F1F8")
-                axes.text(place, 0, part, ha="center", va="center", bbox=box, fontsize=12)
-            axes.set(xlim=(-0.4, 10.4), ylim=(-0.6, 1))
+                box = dict(boxstyle="round", facecolor="#DCEAF4", edgecolor=GREY)
+                center = dict(ha="center", va="center", color="black", linespacing=1.3)
+                axes.text(place, 0, part, bbox=box, **center)
+            axes.set(xlim=(-0.4, 10.6), ylim=(-0.6, 1))
             axes.axis("off")
 
     def draw_attention(self, path: Path) -> None:
-        """Show the attention weights of the example in the last block (Eq. 6)."""
-        heads = analysis.attention_weights(self.classifier, self.image[None])[-1, 0, :2]
-        panels, row = [], QUERY % heads.shape[1]
-        for i, A in enumerate(heads, 1):
-            panels.append((f"head {i}: $A$", A, "a row for each\npatch that looks"))
-            panels.append((f"row {row + 1}", shade(self.image, A[row]), "where it looks"))
-        _row(path, [""] * len(panels), panels)
-
-    def draw_classes(self, path: Path) -> None:
-        """Show test images of every class."""
-        labels = range(len(self.classes))
-        images = [self.sample(label, number) for number in range(5) for label in labels]
-        _mosaic(path, 5.3, "", torch.stack(images), self.classes)
+        """Show for one patch how q, k and v become its new content (Eq. 5-8), then all weights."""
+        attention, p = self.vit.blocks[-1].attention, self.vit.patches.patch_size
+        (z,) = self.inputs_of(attention)
+        A, v = (x[0].detach() for x in attention.weights_and_values(z[None]))  # (k, S, ·)
+        qkv = F.linear(z, attention.in_proj_weight, attention.in_proj_bias).detach()
+        q, k = qkv.unflatten(1, (3, len(A), -1)).permute(1, 2, 0, 3)[:2]  # (k, S, D_h)
+        query, last = QUERY % len(self.patches), len(z) - len(self.patches)  # a class token
+        scores = (q[0] @ k[0].T / attention.head_dim**0.5)[last + query]
+        order = A[0, last + query, last:].argsort(descending=True)
+        keys = [order[0].item(), order[len(order) // 2].item(), order[-1].item()]
+        names = ["patch", "vector", "score", "weight", "value"]
+        layout = [[f"{name} {row}" for name in names] for row in range(5)]
+        layout += [["head 1", "head 1", "head 2", "head 2", "look"]]
+        ratios = dict(width_ratios=[0.8, 2, 1.3, 1.3, 2.3], height_ratios=[1] * 5 + [3.6])
+        with picture(path, 8.4, layout, formulas=True, **ratios) as axes:
+            for name in (name for row in layout[:5] for name in row):
+                axes[name].axis("off")
+            for row, number in enumerate([query, *keys]):
+                _show(axes[f"patch {row}"], self.patches[number].to(torch.uint8))
+                _bars(axes[f"vector {row}"], (k if row else q)[0, last + number])
+                axes[f"patch {row}"].set_title(f"patch {number + 1}")
+                axes[f"vector {row}"].set_title("its key $k$" if row else "its query $q$")
+            place = dict(ha="center", va="center")
+            axes["score 0"].text(0.5, 0.4, r"$q \cdot k\,/\sqrt{D_h}$", **place)
+            axes["weight 0"].text(0.5, 0.4, "softmax\nover all", **place)
+            for row, number in enumerate(keys, 1):
+                axes[f"score {row}"].text(0.5, 0.4, f"{scores[last + number]:.2f}", **place)
+                weight = A[0, last + query, last + number].item()
+                axes[f"weight {row}"].barh([0], [weight], height=0.5, color="C1")
+                axes[f"weight {row}"].set(xlim=(0, 1), ylim=(-1, 1))
+                axes[f"weight {row}"].text(weight + 0.05, 0, f"{weight:.2f}", va="center")
+                _bars(axes[f"value {row}"], v[0, last + number])
+                axes[f"value {row}"].set_title("its value $v$")
+            rest = f"and {len(order) - 3} more" if len(order) > 3 else ""
+            axes["vector 4"].text(0.5, 0.5, rest, **place)
+            axes["weight 4"].text(0.5, 0.5, "sum of weight $·$ value:", **place)
+            _bars(axes["value 4"], (A[0] @ v[0])[last + query])
+            axes["value 4"].set_title(f"what patch {query + 1} gets")
+            for i in (0, 1):
+                axes[f"head {i + 1}"].imshow(A[i].numpy(), "PuOr", vmin=-A.max(), vmax=A.max())
+                axes[f"head {i + 1}"].set(xticks=[], yticks=[], title=f"head {i + 1}: $A$")
+                axes[f"head {i + 1}"].set(xlabel="looked at", ylabel="looks")
+            _show(axes["look"], self.image)
+            axes["look"].set_title(f"where patch {query + 1} looks")
+            axes["look"].set_xlabel("orange: head 1; blue: head 2")
+            side = self.vit.image_size // p
+            for i, color in enumerate(("C1", "C0")):
+                for number, weight in enumerate(A[i, last + query, last:].tolist()):
+                    points = [
+                        (n % side * p + (p - 1) / 2 + 1.5 * i - 0.75, n // side * p + (p - 1) / 2)
+                        for n in (number, query)
+                    ]
+                    arrow = dict(arrowstyle="-|>", color=color, lw=14 * weight, alpha=0.8)
+                    if number != query and weight > 0.02:
+                        axes["look"].annotate("", *points, arrowprops=arrow)
 
     def draw_curves(self, path: Path) -> None:
-        """Draw every run of configs/results."""
+        """Draw losses and accuracy of the runs of configs/results by epoch."""
+        plot_runs({name: self.runs[name] for name in LEARNING if name in self.runs}, path)
+
+    @cached_property
+    def runs(self) -> dict[str, list[dict[str, str]]]:
+        """The rows of each file of configs/results."""
         files = sorted(RESULTS.glob("*.csv"))
-        plot_runs({f.stem: [*csv.DictReader(f.read_text().splitlines())] for f in files}, path)
+        return {f.stem: [*csv.DictReader(f.read_text().splitlines())] for f in files}
+
+    def draw_training(self, path: Path) -> None:
+        """Draw validation accuracy against the minutes that a run has taken."""
+        with picture(path, 4.2) as axes:
+            for name, label in LEARNING.items():
+                minutes, seconds = [], 0.0
+                for row in self.runs.get(name, []):
+                    seconds += float(row["seconds"])
+                    minutes.append(seconds / 60)
+                accuracies = [float(row["val_accuracy"]) for row in self.runs.get(name, [])]
+                axes.plot(minutes, accuracies, label=label)
+            axes.set(xlabel="minutes of training", ylabel="validation accuracy (%)")
+            axes.set(ylim=(50, None), xscale="log")
+            axes.set_xticks(TICKS, [str(tick) for tick in TICKS])
+            axes.minorticks_off()
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(loc="lower right")
+
+    def draw_ablations(self, path: Path) -> None:
+        """Draw what the recipe gains by each ingredient, with the spread of its seeds."""
+        ends = {
+            file.stem: float([*csv.DictReader(file.read_text().splitlines())][-1]["val_accuracy"])
+            for file in (RESULTS / "ablations").glob("*.csv")
+        }
+        seeds = [accuracy for name, accuracy in ends.items() if name.startswith("all_seed_")]
+        bars = {text: ends[name] for name, text in ABLATIONS.items() if name in ends}
+        with picture(path, 1.2 + 0.36 * (len(bars) + 1)) as axes:
+            axes.barh(list(bars), list(bars.values()), color="C0")
+            axes.bar_label(axes.containers[0], fmt="%.1f", padding=4)
+            if seeds:
+                axes.axvspan(min(seeds), max(seeds), color="C1", alpha=0.5, linewidth=0)
+                axes.set_title(f"orange: the {len(seeds)} seeds of the whole recipe", color="C1")
+            axes.invert_yaxis()
+            axes.set(xlabel="validation accuracy (%)", xlim=(min([*bars.values(), 50]) - 3, None))
+            axes.spines[["top", "right"]].set_visible(False)
 
     def draw_record(self, path: Path) -> None:
-        """Compare accuracy and size of the weights that ship with reported plain ViTs."""
+        """Compare accuracy and size of the weights that ship with published plain ViTs."""
         with picture(path, 4.5, formulas=True) as axes:
-            points, ours = [("black", "left", 6, *point) for point in PUBLISHED], {}
+            points, ours = [(GREY, "left", 8, *point) for point in PUBLISHED], {}
             shipped = [load_classifier(file) for file in WEIGHTS.glob("*.pt")]
             for classifier, config, saved in sorted(
                 shipped, key=lambda s: s[2]["test"]["accuracy"]
             ):
                 millions = sum(p.numel() for p in classifier.parameters()) / 1e6
                 patch, accuracy = config.model["patch_size"], saved["test"]["accuracy"]
-                ours[patch] = ("C1", "right", -6, f"ours, patch {patch}", patch, millions, accuracy)
+                ours[patch] = ("C1", "right", -8, f"ours, patch {patch}", patch, millions, accuracy)
             points += ours.values()  # the best of each patch size
             for color, side, shift, name, patch, *place in points:
                 axes.plot(*place, "s" if patch == 8 else "o", color=color)
-                text, offset = (
-                    f"{name}: {place[1]:.1f}",
-                    dict(textcoords="offset points", va="center"),
-                )
-                axes.annotate(text, place, (shift, 0), ha=side, color=color, **offset)
-            title = "squares: patch 8; dots: patch 4. Ours: JPEG copy of CIFAR-10, 45,000 images;\n"
-            axes.set_title(title + "reported: the original pixels, 50,000 images", fontsize=11)
-            axes.set(xlabel="parameters (millions)", ylabel="test accuracy (%)", xlim=(-0.7, 5.2))
+                offset = dict(textcoords="offset points", va="center", ha=side, color=color)
+                axes.annotate(f"{name}: {place[1]:.1f}", place, (shift, 0), **offset)
+            axes.set_title("squares: patch 8; dots: patch 4")
+            axes.set(xlabel="parameters (millions)", ylabel="test accuracy (%)", xlim=(-1.5, 5.9))
+            axes.set_xticks(range(6))
+            axes.spines[["top", "right"]].set_visible(False)
 
     def draw_filters(self, path: Path) -> None:
         """Show the principal components of the patch embedding (Fig. 7 left)."""
         parts = filter_components(self.vit.projection.weight.detach(), 28)
         parts = 127.5 + 127.5 * parts / parts.abs().amax((1, 2, 3), keepdim=True)
-        _mosaic(path, 1.6, "", parts.to(torch.uint8), [""] * 14)
+        _mosaic(path, 1.6, "", parts.to(torch.uint8), 14)
 
     def draw_position_similarity(self, path: Path) -> None:
         """Compare the embedding of each position with all (Fig. 7 centre, 10)."""
@@ -271,7 +478,7 @@ class Pictures:
         light = 255 * (maps - maps.min()) / (1 - maps.min())
         images = torch.stack([light, light, 255 - light], 1).to(torch.uint8)
         title = f"cosine similarity: blue {maps.min():.2f}, yellow 1"
-        _mosaic(path, 4.7, title, images, [""] * maps.shape[1])
+        _mosaic(path, 4.7, title, images, maps.shape[1])
 
     def draw_attention_distance(self, path: Path) -> None:
         """Draw how far each head looks, by block (Fig. 7 right, 11)."""
@@ -283,7 +490,7 @@ class Pictures:
         with picture(path, 3.6, formulas=True) as axes:
             axes.plot(blocks, distances, "o", label=[f"head {head}" for head in heads])
             axes.margins(y=0.3)  # before ylim, so that no dot is cut
-            axes.axhline(even.item(), color="black", linestyle="--", label="equal attention to all")
+            axes.axhline(even.item(), color=GREY, linestyle="--", label="equal attention to all")
             axes.set(xlabel="block", ylabel="mean distance looked (pixels)", xticks=blocks, ylim=0)
             axes.legend(loc="lower right")
 
@@ -293,13 +500,11 @@ class Pictures:
         weights = analysis.attention_weights(self.classifier4, torch.stack(images))
         maps = analysis.received(analysis.rollout(weights))
         images += [shade(image, light) for image, light in zip(images, maps, strict=True)]
-        title = "above: the image; below: its patches darkened by rollout"
-        _mosaic(path, 2.6, title, torch.stack(images), self.classes)
+        title = "above: the image; below: its patches, darkened by rollout"
+        _mosaic(path, 2.6, title, torch.stack(images), len(self.classes))
 
 
-NAMES = [*ROWS, *RESULT_PICTURES] + [
-    name[5:] for name in vars(Pictures) if name.startswith("draw_")
-]
+NAMES = [*RESULT_PICTURES] + [name[5:] for name in vars(Pictures) if name.startswith("draw_")]
 
 
 @one_line_errors("draw.py")
@@ -318,7 +523,8 @@ def main(argv: list[str]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in args.only:
-            pictures.draw(name, out / f"{name}.png")
+            with rc_context(STYLE):
+                pictures.draw(name, out / f"{name}.png")
     except OSError as error:
         raise InputError(f"--out {out}: {error.strerror or error}") from None
 

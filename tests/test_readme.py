@@ -1,54 +1,83 @@
-"""The README against the repository: every line of code it quotes stands in the source."""
+"""The pages against the repository: their code, links, commands and figures."""
 
+import csv
 import re
 import shlex
+import statistics
 from pathlib import Path
+
+import pytest
+import torch
 
 import evaluate
 from vit.config import Config, config_parser, parse_flags, read_config
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", "configs/README.md", "tests/benchmarks/README.md", "vit/weights/README.md"]
+TEXT = {page: (ROOT / page).read_text() for page in PAGES}
+README = TEXT["README.md"]
 
 
-def test_every_quoted_line_of_code_stands_in_the_model():
-    source = (ROOT / "vit" / "model.py").read_text().splitlines()
-    quoted = [
-        line
-        for block in re.findall(r"```python\n(.*?)```", README, re.S)
-        for line in block.splitlines()
-    ]
-    assert len(quoted) >= 9
-    for line in quoted:
-        assert line in source, line
+def test_the_page_is_short():
+    assert len(README.splitlines()) <= 320
 
 
-def test_every_picture_and_config_that_it_names_is_there():
-    named = re.findall(r"\((img_VIT/\S+?)\)", README) + re.findall(r"configs/\w+\.yaml", README)
-    assert len(named) > 10
-    for path in set(named) - {"configs/NAME.yaml"}:
-        assert (ROOT / path).is_file(), path
+def test_every_quoted_line_of_code_stands_in_the_model_in_this_order():
+    source = (ROOT / "vit" / "model.py").read_text()
+    quotes = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(quotes) == 10
+    for quote in quotes:
+        assert quote in source, quote
+
+
+def test_every_file_picture_and_heading_that_a_page_links_to_is_there():
+    count = 0
+    for page, text in TEXT.items():
+        links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+        for link in links:
+            path, _, anchor = link.partition("#")
+            if link.startswith("https://"):
+                continue
+            count += 1
+            target = ((ROOT / page).parent / path) if path else ROOT / page
+            assert target.exists(), (page, link)
+            titles = re.findall(r"^#+ (.*)", target.read_text() if anchor else "", re.M)
+            anchors = [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
+            assert not anchor or anchor in anchors, (page, link)
+        for path in set(re.findall(r"configs/\w+\.yaml", text)) - {"configs/NAME.yaml"}:
+            assert (ROOT / path).is_file(), (page, path)
+    assert count > 50
+
+
+def test_every_picture_of_the_readme_says_what_it_shows():
+    drawn = {path.name for path in (ROOT / "img_VIT").glob("*.png")}
+    shown = dict(re.findall(r"!\[([^\]]*)\]\(img_VIT/(\S+?)\)", README))
+    assert all(len(text) > 15 for text in shown)
+    pages = "".join(TEXT.values())
+    assert {name for name in drawn if f"img_VIT/{name}" not in pages} == set()
 
 
 def commands():
-    """Yield every command of the README that runs Python, and every list of flags in a table."""
-    text = re.sub(r" \\\n *", " ", README)  # lines that go on
-    for line in re.findall(r"^    (?!import|from)(\S.*)", text, re.M):
-        for command in line.split("    #")[0].split(" && "):
-            if "python" in command or "torchrun" in command:
-                yield shlex.split(command)
-    base = ["python", "train.py", "--config", "configs/cifar10.yaml", "--train.epochs", "20"]
-    for flags in re.findall(r"\| `(--[^`]+)` \|", text):
-        yield base + shlex.split(flags)
+    """Yield every command of the pages that runs Python, and every list of flags in a table."""
+    for page, text in TEXT.items():
+        text = re.sub(r" \\\n *", " ", text)  # lines that go on
+        lines = re.findall(r"^    (?!import|from)(?:\$ )?(\S.*)", text, re.M)
+        for line in [*lines, *re.findall(r"`(python [^`]+)`", text)]:
+            for command in line.split("    #")[0].split(" && "):
+                if re.search(r"\bpython |\btorchrun ", command):
+                    yield page, shlex.split(command)
+        base = ["python", "train.py", "--config", "configs/cifar10.yaml", "--train.epochs", "20"]
+        for flags in re.findall(r"\| `(--[^`]+)` \|", text):
+            yield page, base + shlex.split(flags)
 
 
-def test_every_command_it_names_is_understood(monkeypatch):
+def test_every_command_of_the_pages_is_understood(monkeypatch):
     monkeypatch.chdir(ROOT)
     seen = dict.fromkeys(("benchmarks", "train.py", "evaluate.py", "draw.py", "pytest"), 0)
-    for words in commands():
+    for page, words in commands():
         script = next((name for name in seen if any(name in word for word in words)), None)
         if script is None:
-            assert "-c" in words, words  # python -c "..."
+            assert "-c" in words, (page, words)  # python -c "..."
             continue
         seen[script] += 1
         argv = words[1 + next(i for i, word in enumerate(words) if script in word) :]
@@ -61,4 +90,46 @@ def test_every_command_it_names_is_understood(monkeypatch):
         elif script == "benchmarks":
             module = next(word for word in words if "benchmarks." in word)
             assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
-    assert seen["train.py"] > 10 and seen["evaluate.py"] > 2 and seen["benchmarks"]
+    assert seen["train.py"] > 10 and seen["evaluate.py"] > 2 and seen["benchmarks"] > 2
+
+
+def rows(text):
+    """Return the rows of a page's tables that name a config of their own, as lists of cells."""
+    for line in text.splitlines():
+        if found := re.match(r"\|.*?`(\w+)\.yaml`", line):
+            yield found[1], [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def said(values):
+    """Return a result as the pages write it: a number, or mean ± standard deviation."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "configs/README.md"])
+def test_the_results_are_those_of_the_configs_the_metrics_and_the_weights(page):
+    names = []
+    for name, cells in rows(TEXT[page]):
+        results = ROOT / "configs" / "results"
+        files = [results / f"{name}.csv", *sorted(results.glob(f"{name}_seed_*.csv"))]
+        if not files[0].exists():
+            continue
+        names.append(name)
+        tables = [[*csv.DictReader(file.read_text().splitlines())] for file in files]
+        validation = said([float(table[-1]["val_accuracy"]) for table in tables])
+        header = re.sub(r"\n#", "", (ROOT / f"configs/{name}.yaml").read_text())
+        assert validation in cells and f"{validation} % of the validation images" in header, name
+        test = cells[cells.index(validation) + 1].strip("*")
+        assert f"{test} % of the test images" in header, name
+        if len(files) > 1:  # the header lists the seeds' results
+            listed = re.search(r"test images \(([\d., ]+)(?: and ([\d.]+))? with the seeds", header)
+            assert test == said([float(x) for x in re.findall(r"\d+\.\d+", listed[0])]), name
+        weights = ROOT / f"vit/weights/{name}.pt"
+        if weights.exists():
+            saved = torch.load(weights, weights_only=True)["test"]["accuracy"]
+            seeds = re.findall(r"\d+\.\d+", test if len(files) == 1 else listed[0])
+            assert f"{saved:.2f}" in seeds, name
+        epochs = len(tables[0])
+        assert str(epochs) in cells, name
+    assert {"cifar10", "cifar10_adamw", "cifar10_record", "cifar10_patch4"} <= set(names)

@@ -1,6 +1,6 @@
 """Pictures of a run: its curves, its accuracy by class, its mistakes, where it looks.
 
-All are 10 inches wide: shown 880 pixels wide, matplotlib's 10 points are 12 pixels, the least text.
+All are 10 inches wide: shown 880 pixels wide, matplotlib's 10 points are 12 pixels.
 Training imports this module, so matplotlib is imported where it is used.
 """
 
@@ -26,22 +26,34 @@ CURVES = {  # columns of metrics.csv
     "val_loss": "validation loss (nats)",
     "val_accuracy": "validation accuracy (%)",
 }
+# After Okabe and Ito: told apart by everybody, on white and on black.
+COLORS = "#2384CF", "#D55E00", "#009E73", "#CC79A7"
 
 
 @contextlib.contextmanager
-def picture(path: Path, height: float, columns: int = 1, formulas: bool = False) -> Iterator:
-    """Yield the axes, side by side, of a picture of a height in inches, then write it whole.
+def picture(
+    path: Path,
+    height: float,
+    layout: int | list[list[str]] = 1,
+    formulas: bool = False,
+    **ratios: list[float],
+) -> Iterator:
+    """Yield the axes of a picture of a height in inches, then write it whole.
 
-    Without `formulas`, names are drawn as they are, whatever signs they hold.
+    They are side by side or, by name, laid out as a table of names. Without `formulas`, names are
+    drawn as they are, whatever signs they hold.
     """
-    from matplotlib import rc_context, style
+    from matplotlib import cycler, rc_context
     from matplotlib.figure import Figure
 
-    settings = rc_context({"text.parse_math": formulas})
-    with settings, style.context("tableau-colorblind10"), warnings.catch_warnings():
+    settings = {"text.parse_math": formulas, "axes.prop_cycle": cycler(color=COLORS)}
+    with rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # drawn as boxes
         figure = Figure(figsize=(10, min(height, 40)), dpi=120, layout="constrained")
-        yield figure.subplots(1, columns)
+        if isinstance(layout, int):
+            yield figure.subplots(1, layout, **ratios)
+        else:
+            yield figure.subplot_mosaic(layout, **ratios)
         content = io.BytesIO()
         figure.savefig(content, format="png")
     write_atomically(path, content.getvalue())
@@ -53,7 +65,7 @@ def plot_images(path: Path, panels: list[tuple[str, Tensor, str]]) -> None:
         for axes, (title, image, text) in zip(row, panels, strict=True):
             axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             axes.set(xticks=[], yticks=[], xlabel=text)
-            axes.set_title(title, fontsize=11)
+            axes.set_title(title)
 
 
 def shade(image: Tensor, weights: Tensor) -> Tensor:
@@ -109,8 +121,9 @@ def plot_confusion(images, logits, labels, classes: list[str], path: Path) -> No
             return
         for y, row in enumerate(percent.tolist()):
             for x, value in enumerate(row):
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center")  # on pale colours
-        axes.set_xticks(places, classes, rotation=90 if len(classes) > 12 else 0)
+                place = dict(ha="center", va="center", color="black")  # on pale colours
+                axes.text(x, y, f"{value:.0f}", **place)
+        axes.set_xticks(places, classes, rotation=90 if len(classes) > 8 else 0)
         axes.set_yticks(places, classes)
 
 

@@ -1,17 +1,18 @@
-"""Everything that a GPU owes this project, in one command of under 9 minutes on one H100 or H200.
+"""What a GPU owes this project, in two commands: A without a data set, B with CIFAR-10.
 
-    python -m tests.benchmarks.gpu --out OUT [--data_root DIR] [--tiny]
+    python -m tests.benchmarks.gpu A --out OUT [--tiny]    # under 3 minutes on one H100
+    python -m tests.benchmarks.gpu B --out OUT [--tiny] [--data_root data]    # under 6 minutes
 
-Needs no network. Each part has its slice of time, the most important first; results are written to
-OUT/gpu.json after each part, so that a part that fails or runs out of time loses no other. `--tiny`
-makes everything small, to try the script on a CPU. Without `--data_root`, an image folder of
-CIFAR-10, the parts that need images use the generated shapes.
+Needs no network. Each part has its seconds, the most important first; results are written to
+OUT/A.json or OUT/B.json after each part, so that a part that fails or runs out of time loses no
+other. `--tiny` makes everything small, to try the script on a CPU, with the generated shapes.
 """
 
 import argparse
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,77 +23,121 @@ from pathlib import Path
 import torch
 
 PYTHON = sys.executable
+ON_CUDA = torch.cuda.is_available()
 
 
-def parts(args) -> dict[str, tuple[int, list[str]]]:
-    """Return for each part its seconds and its command."""
-    data = ["--data.name", "shapes"]
-    if args.data_root:
-        data = ["--data.name", "image_folder", "--data.root", args.data_root]
-    run = tempfile.mkdtemp()
-    device = [] if torch.cuda.is_available() else ["--tiny"]
-    few = ["--train.epochs", "1"] if args.tiny else []
-    train = [PYTHON, "train.py", *data, *few]
-    benchmark = [PYTHON, "-m"]
-    cifar10 = ["--config", "configs/cifar10.yaml"]
-    finetune = [PYTHON, "train.py", "--config", "configs/vit_b16_finetune.yaml", *data]
-    finetune += ["--train.init_from=", "--train.epochs", "1", "--run_dir", f"{run}/finetune"]
-    finetune += ["--train.evaluate_test", "false"]
-    if args.tiny:
-        finetune += ["--model.num_blocks", "1", "--model.embedding_dim", "48"]
-        finetune += ["--data.name", "shapes", "--data.val_fraction", "0.9"]
-    rounds = ["--rounds", "1", "--seconds", "0.3" if args.tiny else "2"]
-    rounds += ["--batch_sizes", "64" if args.tiny else "4096"]
+def parts_a(args) -> dict[str, tuple[int, list[str]]]:
+    """Return for each part that needs no data set its seconds and its command."""
+    module = [PYTHON, "-m"]
+    tiny = ["--tiny"] if args.tiny else []
+    vit_b16 = ["--rounds", "1", "--steps", "1", "--batch_size", "1"] if args.tiny else []
+    steps = [*module, "tests.benchmarks.gpu", "steps", *tiny]
+    tests = [*module, "pytest", "-q", "tests/test_step.py", "tests/test_resume.py", "-k", "cuda"]
+    tutorial = [*module, "tests.benchmarks.throughput", "--seconds", "0.3" if args.tiny else "5"]
     return {
-        "tests on this device": (90, [PYTHON, "-m", "pytest", "-q", "tests", "-k", "cuda"]),
-        "microseconds a step": (80, [*benchmark, "tests.benchmarks.gpu", "--steps", *device]),
-        "cold run of cifar10_adamw.yaml": (
-            60,
-            [*train, "--config", "configs/cifar10_adamw.yaml", "--run_dir", f"{run}/adamw"],
-        ),
-        "time to accuracy": (
-            45,
-            [*benchmark, "tests.benchmarks.time_to_accuracy", *data, *few, *cifar10],
-        ),
-        "ViT-B/16": (
-            60,
-            [*benchmark, "tests.benchmarks.vit_b16"]
-            + (["--rounds", "1", "--steps", "1", "--batch_size", "1"] if args.tiny else []),
-        ),
-        "fine-tuning at batch 512 in 8 parts": (90, finetune),
-        "throughput": (110, [*benchmark, "tests.benchmarks.throughput", *rounds]),
+        "tests on this device": (70, tests),
+        "microseconds a step": (70, steps),
+        "the tutorial's loop": (20, [*tutorial, "--one", "tutorial", "eager", "float32", "64"]),
+        "ViT-B/16, 197 tokens": (40, [*module, "tests.benchmarks.vit_b16", *vit_b16]),
     }
 
 
-def microseconds(tiny: bool) -> None:
-    """Print microseconds a step, eager, captured and compiled, for AdamW and Muon."""
+def parts_b(args) -> dict[str, tuple[int, list[str]]]:
+    """Return for each part that trains its seconds and its command."""
+    run = Path(args.runs)
+    data = ["--data.root", args.data_root]
+    if args.tiny:
+        data = ["--data.name", "shapes", "--train.epochs", "1"]
+    graph = ["--train.execution", "graph" if ON_CUDA else "eager"]
+
+    def train(name: str, *flags: str) -> list[str]:
+        start = [PYTHON, "train.py", "--config", f"configs/{name}.yaml"]
+        return [*start, "--run_dir", str(run / name), *graph, *data, *flags]
+
+    few = ["--model.embedding_dim", "16", "--model.num_blocks", "1"] if args.tiny else []
+    taught = ["--train.teacher", str(run / "teacher" / "checkpoint.pt")]
+    stop = ["--train.deterministic", "true", "--train.epochs", "1" if args.tiny else "6"]
+    finetune = ["--train.init_from=", "--train.epochs", "1", "--train.evaluate_test", "false"]
+    finetune += ["--data.val_fraction", "0.85", *few, *graph[:1], "eager"]
+    finetune += ["--model.num_heads", "2", "--train.batch_size", "64"] if args.tiny else []
+    longer = [] if args.tiny else ["--train.epochs", "300"]
+    goal = [PYTHON, "-m", "tests.benchmarks.time_to_accuracy", *data, *graph]
+    return {
+        "cold run of cifar10_adamw.yaml": (40, train("cifar10_adamw", *few)),
+        "the teacher": (60, train("teacher")),
+        "patch 4 with the teacher": (150, train("cifar10_patch4", *taught, *few, *longer)),
+        "time to accuracy": (20, [*goal, "--config", "configs/cifar10.yaml", *few]),
+        "patch 8 from labels": (45, train("cifar10", *few)),
+        "kill and resume": (40, [PYTHON, "-m", "tests.benchmarks.gpu", "kill", *stop, *data, *few]),
+        "fine-tuning ViT-B/16, batch 512 in 8 parts": (45, train("vit_b16_finetune", *finetune)),
+        "profile": (20, [PYTHON, "-m", "tests.benchmarks.gpu", "profile"]),
+    }
+
+
+def print_steps(tiny: bool) -> None:
+    """Print microseconds a step: captured, eager, compiled, and compiled inside the captured."""
     from tests.benchmarks.throughput import measure
 
-    on_cuda = torch.cuda.is_available()
-    best, seconds = "bfloat16" if on_cuda and not tiny else "float32", 0.1 if tiny else 1.0
-    executions = ("graph", "eager", "compiled") if on_cuda else ("eager",)  # the slowest last
-    sizes = (8,) if tiny else (64, 250, 1000, 4096)
-    for how, optimizer, size in itertools.product(executions, ("adamw", "muon"), sizes):
+    best, seconds = "bfloat16" if ON_CUDA else "float32", 0.1 if tiny else 0.7
+    executions = ("graph", "eager", "compiled", "both") if ON_CUDA else ("eager",)
+    sizes = (8,) if tiny else (500, 4096, 64)
+    rows = itertools.product(executions, ("ours 0", "patch4 0"), sizes)
+    for how, model, size in rows:  # compiling is the slowest, hence last
         torch._dynamo.reset()  # or else it would compile for batches of any size
-        speed, _ = measure("ours", how, best, size, seconds, optimizer)
-        row = f"{optimizer:<6} batch {size:>5} {how:<9}{1e6 * size / speed:9.0f} µs"
-        print(f"{row} {speed:11.0f} images/s", flush=True)
+        speed, first = measure(model, how, best, size, seconds, "muon")
+        row = f"{model:<9} batch {size:>5} {how:<9}{1e6 * size / speed:9.0f} µs a step"
+        print(f"{row} {speed:11.0f} images/s, first step {first:.1f} s", flush=True)
+
+
+def print_profile() -> None:
+    """Print which operations the steps of the default model take their time with."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from tests.benchmarks.throughput import measure
+
+    kinds = [ProfilerActivity.CUDA] if ON_CUDA else [ProfilerActivity.CPU]
+    with profile(activities=kinds) as found:
+        measure("ours 0", "eager", "bfloat16", 500, 0.1, "muon")
+    key = "self_cuda_time_total" if ON_CUDA else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60))
+
+
+def kill_and_resume(flags: list[str]) -> None:
+    """Stop a run in the middle, go on with it, and compare its weights with an undisturbed one."""
+    folder = tempfile.mkdtemp()
+    start = [PYTHON, "train.py", "--config", "configs/cifar10.yaml", *flags]
+    subprocess.run([*start, "--run_dir", f"{folder}/whole"], check=True)
+    with subprocess.Popen(
+        [*start, "--run_dir", f"{folder}/killed", "--train.checkpoint_minutes", "0.01"],
+        stdout=subprocess.PIPE,
+    ) as process:
+        process.stdout.readline()  # the first epoch has ended
+        time.sleep(0.3)
+        process.kill()
+    subprocess.run([PYTHON, "train.py", "--resume", f"{folder}/killed"], check=True)
+    runs = [torch.load(f"{folder}/{name}/checkpoint.pt") for name in ("whole", "killed")]
+    same = [torch.equal(t, runs[1]["classifier"][k]) for k, t in runs[0]["classifier"].items()]
+    print(f"{sum(same)} of {len(same)} tensors are equal, bit for bit")
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["kill"]:
+        return kill_and_resume(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("call", choices=("A", "B", "steps", "profile"))
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
-    parser.add_argument("--data_root", help="an image folder of CIFAR-10")
+    parser.add_argument("--data_root", default="data", help="folder of CIFAR-10")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try it on a CPU")
-    parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.steps:
-        microseconds(args.tiny)
-        return
+    if args.call == "steps":
+        return print_steps(args.tiny)
+    if args.call == "profile":
+        return print_profile()
     args.out.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    args.runs = tempfile.mkdtemp()
+    device = torch.cuda.get_device_name() if ON_CUDA else "cpu"
     results: dict = {"device": device, "torch": torch.__version__}
-    for name, (limit, command) in parts(args).items():
+    for name, (limit, command) in (parts_a if args.call == "A" else parts_b)(args).items():
         started, output, code = time.perf_counter(), "", None
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         pipes |= dict(env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True)
@@ -106,9 +151,13 @@ def main() -> None:
         seconds = time.perf_counter() - started
         results[name] = {"code": code, "seconds": seconds, "command": command[1:]}
         results[name]["output"] = output.splitlines()[-60:]
-        (args.out / "gpu.json").write_text(json.dumps(results, indent=1))
+        (args.out / f"{args.call}.json").write_text(json.dumps(results, indent=1))
         said = "out of time" if code is None else f"exit code {code}"
-        print(f"\n== {name}: {said}, {seconds:.1f} s\n" + "\n".join(results[name]["output"]))
+        print(f"\n== {name}: {said}, {seconds:.1f} s\n" + "\n".join(results[name]["output"][-12:]))
+        for run in Path(args.runs).glob("*/metrics.csv"):  # few files, whatever comes after
+            shutil.copy(run, args.out / f"{run.parent.name}.csv")
+        for run in Path(args.runs).glob("cifar10*4/checkpoint.pt"):
+            shutil.copy(run, args.out / f"{run.parent.name}.pt")
 
 
 if __name__ == "__main__":

@@ -143,8 +143,10 @@ def simple_vit(drop_rate: float) -> nn.Module:
     return SimpleViT(**sizes, mlp_dim=256, num_classes=10)
 
 
+PATCH4 = dict(patch_size=4, embedding_dim=128, num_blocks=6, final_norm=True)  # cifar10_patch4.yaml
 MODELS = {
     "ours": lambda drop_rate: ViT(drop_rate=drop_rate),
+    "patch4": lambda drop_rate: ViT(drop_rate=drop_rate, **PATCH4),
     "torchvision": torchvision_model,
     "timm": timm_model,
     "SimpleViT": simple_vit,
@@ -162,7 +164,8 @@ def measure(
     """Return the images/s of our step around a model after 5 steps, and seconds of the first."""
     model_name, _, drop = name.partition(" ")
     device, _ = pick_device("auto", precision)
-    recipe = TrainConfig(batch_size=batch_size, execution=execution, precision=precision)
+    captured = "graph" if execution == "both" else execution
+    recipe = TrainConfig(batch_size=batch_size, execution=captured, precision=precision)
     rate = 0.02 if optimizer == "muon" else 0.0
     recipe = dataclasses.replace(recipe, optimizer=optimizer, muon_learning_rate=rate)
     model = MODELS[model_name](0.0 if drop else 0.1)
@@ -172,6 +175,8 @@ def measure(
     model.image_size = 32
     classifier = Classifier(model, MEAN, STD, precision).to(device).train()
     state = TrainState(classifier, make_optimizers(model, recipe))
+    if execution == "both":  # compiled, inside of the captured step
+        state.network = torch.compile(state.network)
     step = prepare(train.training_step, state, recipe)
     images, labels = (t.to(device) for t in generated(max(9_000, 2 * batch_size)))
     steps, launched = -5, time.perf_counter()

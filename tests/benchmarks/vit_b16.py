@@ -1,22 +1,51 @@
-"""Training speed and memory of our ViT-B/16 against torchvision's, at 224 px.
+"""Training speed and memory of our ViT-B/16 against torchvision's and timm's, at 224 px.
 
     python -m tests.benchmarks.vit_b16 [--rounds 5] [--batch_size 64]
 
-The same step for both (SGD with momentum; bfloat16 autocast on CUDA, float32 on a CPU) on the same
-images, in turn. Peak memory is that of PyTorch's CUDA allocator, parameters and momentum included.
+"fused" is ours with torch's fused attention. The same step for all (SGD with momentum; bfloat16
+autocast on CUDA, float32 on a CPU) on the same images, in turn. Peak memory is that of PyTorch's
+CUDA allocator, parameters and momentum included.
 """
 
 import argparse
 import statistics
 import time
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torchvision.models import vit_b_16
 
 from vit import PAPER, ViT
+from vit.model import SelfAttention
 
-MODELS = {"torchvision": vit_b_16, "vit": lambda: ViT(**PAPER["ViT-B/16"])}
+
+class FusedAttention(SelfAttention):
+    """The same with torch's kernel, which never writes A to memory."""
+
+    def forward(self, z):
+        qkv = F.linear(z, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        heads = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(heads.transpose(1, 2).flatten(2))
+
+
+def ours(fused: bool = False) -> ViT:
+    vit = ViT(**PAPER["ViT-B/16"])
+    for block in vit.blocks if fused else ():
+        block.attention.__class__ = FusedAttention
+    return vit
+
+
+def timm_model():
+    from timm import create_model
+
+    return create_model("vit_base_patch16_224")
+
+
+MODELS = {"torchvision": vit_b_16, "ours": ours, "fused": lambda: ours(fused=True)}
+if find_spec("timm"):
+    MODELS["timm"] = timm_model
 
 
 def measure(make, device: torch.device, batch_size: int, steps: int) -> tuple[float, float]:
@@ -62,7 +91,7 @@ def main() -> None:
         ratios.append(found[1][0] / found[0][0])
         columns = "".join(f"{speed:>12.1f} ({peak:5.2f})" for speed, peak in found)
         print(f"{i:>6}{columns}{ratios[-1]:>8.2f}", flush=True)
-    print(f"median ratio {statistics.median(ratios):.2f}")
+    print(f"median ratio of ours to torchvision's {statistics.median(ratios):.2f}")
 
 
 if __name__ == "__main__":
