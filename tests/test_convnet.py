@@ -125,3 +125,18 @@ def test_it_teaches_a_transformer_as_it_answers_without_training(
     for images, targets in zip(answers, taught, strict=True):
         with torch.no_grad():
             torch.testing.assert_close(teacher(images).softmax(1), targets)
+
+
+@pytest.mark.filterwarnings("ignore:.*TensorFloat32 tensor cores:UserWarning")  # torch 2.9, 2.11
+def test_a_compiled_step_in_bfloat16_has_the_gradients_of_an_eager_one():
+    torch.manual_seed(0)
+    images, labels = torch.randn(20, 3, 16, 16), torch.randint(10, (20,))
+    model, gradients = ConvNet(image_size=16), []
+    for network in (model, torch.compile(model)):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network(images)
+        torch.nn.functional.cross_entropy(logits.float(), labels).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for eager, compiled in zip(*gradients, strict=True):
+        assert (eager - compiled).norm() < 0.1 * eager.norm()
