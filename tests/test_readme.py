@@ -22,12 +22,14 @@ def test_the_page_is_short():
     assert len(README.splitlines()) <= 320
 
 
-def test_every_quoted_line_of_code_stands_in_the_model_in_this_order():
-    source = (ROOT / "vit" / "model.py").read_text()
+def test_every_quoted_line_of_code_stands_in_the_model():
+    source = (ROOT / "vit" / "model.py").read_text().splitlines()
     quotes = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(quotes) == 10
+    assert len(quotes) == 7  # one in each step
     for quote in quotes:
-        assert quote in source, quote
+        place = 0
+        for line in quote.splitlines():
+            place = source.index(line, place) + 1  # in the order of the file
 
 
 def test_every_file_picture_and_heading_that_a_page_links_to_is_there():
@@ -64,7 +66,7 @@ def commands():
         lines = re.findall(r"^    (?!import|from)(?:\$ )?(\S.*)", text, re.M)
         for line in [*lines, *re.findall(r"`(python [^`]+)`", text)]:
             for command in line.split("    #")[0].split(" && "):
-                if re.search(r"\bpython |\btorchrun ", command):
+                if re.search(r"\bpython |\btorchrun ", command) and "--help" not in command:
                     yield page, shlex.split(command)
         base = ["python", "train.py", "--config", "configs/cifar10.yaml", "--train.epochs", "20"]
         for flags in re.findall(r"\| `(--[^`]+)` \|", text):
@@ -90,13 +92,13 @@ def test_every_command_of_the_pages_is_understood(monkeypatch):
         elif script == "benchmarks":
             module = next(word for word in words if "benchmarks." in word)
             assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
-    assert seen["train.py"] > 10 and seen["evaluate.py"] > 2 and seen["benchmarks"] > 2
+    assert seen["train.py"] > 8 and seen["evaluate.py"] > 2 and seen["benchmarks"] > 2
 
 
 def rows(text):
     """Return the rows of a page's tables that name a config of their own, as lists of cells."""
     for line in text.splitlines():
-        if found := re.match(r"\|.*?`(\w+)\.yaml`", line):
+        if found := re.match(r"\| `(\w+)\.yaml`", line):
             yield found[1], [cell.strip() for cell in line.strip("|").split("|")]
 
 

@@ -57,17 +57,17 @@ class SelfAttention(nn.MultiheadAttention):
     Its parent written out, since torch's fused kernel is slow on a CPU for short sequences.
     """
 
-    def forward(self, z: Tensor) -> Tensor:
-        A, v = self.weights_and_values(z)  # Eq. 5 and 6
-        A = F.dropout(A, self.dropout, self.training)
-        heads = A @ v  # Eq. 7, (B, k, S, D_h)
-        return self.out_proj(heads.transpose(1, 2).flatten(2))  # Eq. 8, U_msa
-
     def weights_and_values(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return A, (B, k, S, S), whose rows say where a token looks, and v, (B, k, S, D_h)."""
         qkv = F.linear(z, self.in_proj_weight, self.in_proj_bias)  # Eq. 5, U_qkv: (B, S, 3·D)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return F.softmax(q @ k.mT / self.head_dim**0.5, dim=-1), v  # Eq. 6
+
+    def forward(self, z: Tensor) -> Tensor:
+        A, v = self.weights_and_values(z)
+        A = F.dropout(A, self.dropout, self.training)
+        heads = A @ v  # Eq. 7, (B, k, S, D_h)
+        return self.out_proj(heads.transpose(1, 2).flatten(2))  # Eq. 8, U_msa
 
 
 class EncoderBlock(nn.Module):
