@@ -46,14 +46,15 @@ LEARNING = {  # runs of configs/results, and what they learn from
     "cifar10_adamw": "patch 8, the tutorial's recipe",
     "cifar10": "patch 8, labels",
     "cifar10_record": "patch 8, teacher",
-    "cifar10_patch4": "patch 4, teacher",
+    "cifar10_patch4": "patch 4, labels",
 }
 
 ABLATIONS = {  # files of configs/results/ablations: 20 epochs of cifar10.yaml but for one thing
     "all_seed_0": "the whole recipe",
-    "normal": "positions from N(0, 1)",
+    "no_cutmix": "no CutMix",
+    "no_finish": "CutMix and crops to the end",
     "no_smoothing": "no label smoothing",
-    "cutmix": "CutMix of half",
+    "normal": "positions from N(0, 1)",
     "weight_decay": "weight decay 1e-4",
     "dropout": "dropout 0.1",
     "adamw": "AdamW for all",

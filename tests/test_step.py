@@ -18,6 +18,7 @@ import train
 from vit import Classifier, ViT, checkpoint
 from vit.checkpoint import TrainState
 from vit.config import TrainConfig
+from vit.convnet import ConvNet
 from vit.errors import InputError
 from vit.evaluation import predict
 from vit.optim import make_optimizers, set_learning_rates
@@ -147,15 +148,16 @@ RECIPE = dict(label_smoothing=0.1, crop_padding=2, clip_norm=0.5, cutmix=0.5)
 OPTIMIZERS = ["sgd", "adam", "adamw", "muon"]
 
 
-def make_step(optimizer, device="cpu", drop_rate=0.2, precision="float32", **keys):
+def make_step(optimizer, device="cpu", drop_rate=0.2, precision="float32", convnet=False, **keys):
     """Return a state and its step, with dropout, clipping and accumulation by default."""
     rate = 0.02 if optimizer == "muon" else 0.0
     keys = RECIPE | dict(accumulation_steps=2, precision=precision, muon_learning_rate=rate) | keys
     recipe = TrainConfig(optimizer=optimizer, **keys)
     torch.manual_seed(0)
     vit = ViT(image_size=16, embedding_dim=16, mlp_dim=16, drop_rate=drop_rate)
-    classifier = Classifier(vit, [0.5] * 3, [0.2] * 3, precision).to(device)
-    state = TrainState(classifier, make_optimizers(vit, recipe))
+    model = ConvNet(image_size=16) if convnet else vit
+    classifier = Classifier(model, [0.5] * 3, [0.2] * 3, precision).to(device)
+    state = TrainState(classifier, make_optimizers(model, recipe))
     step = prepare(train.training_step, state, recipe)
     return state, lambda images, labels: step(images, labels, recipe)
 
@@ -168,12 +170,15 @@ def batches(count, device="cpu"):
 
 
 def tensors_of(state):
-    return [state.loss_sum, *state.classifier.parameters()]
+    return [state.loss_sum, *state.classifier.parameters(), *state.classifier.buffers()]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_recorded_step_replayed_gives_the_bits_of_eager_steps(optimizer):
-    (eager, eager_step), (replayed, first_step) = make_step(optimizer), make_step(optimizer)
+@pytest.mark.parametrize(
+    "optimizer, convnet", [*((name, False) for name in OPTIMIZERS), ("sgd", True)]
+)
+def test_a_recorded_step_replayed_gives_the_bits_of_eager_steps(optimizer, convnet):
+    keys = dict(convnet=convnet, cutout=4, cutmix=0.5)
+    (eager, eager_step), (replayed, first_step) = (make_step(optimizer, **keys) for _ in "ab")
     static, recorder = [t.clone() for t in next(batches(1))[1:]], Recorder()
     for i, images, labels in batches(7):
         for state in (eager, replayed):
@@ -202,7 +207,8 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
     + [
         pytest.param("graph", "cuda", 1e-6, dict(optimizer=name, precision=precision), marks=GPU)
         for name, precision in itertools.product(OPTIMIZERS, ("float32", "bfloat16"))
-    ],
+    ]
+    + [pytest.param("graph", "cuda", 1e-6, dict(optimizer="sgd", convnet=True), marks=GPU)],
 )
 @pytest.mark.filterwarnings("ignore:.*TensorFloat32 tensor cores:UserWarning")  # torch 2.9, 2.11
 def test_twenty_compiled_or_captured_steps_equal_eager_ones(execution, device, tolerance, keys):
