@@ -135,3 +135,13 @@ def test_the_results_are_those_of_the_configs_the_metrics_and_the_weights(page):
         epochs = len(tables[0])
         assert str(epochs) in cells, name
     assert {"cifar10", "cifar10_adamw", "cifar10_record", "cifar10_patch4"} <= set(names)
+
+
+def test_the_ablations_are_those_of_their_metrics():
+    table = TEXT["configs/README.md"].split("## Ablations")[1]
+    rows = re.findall(r"^\| .* \| ([\d.]+) \| ([\d.]+) \|$", table, re.M)
+    found = set()
+    for file in (ROOT / "configs/results/ablations").glob("*.csv"):
+        last = [*csv.DictReader(file.read_text().splitlines())][-1]
+        found.add((f"{float(last['val_accuracy']):.2f}", f"{float(last['train_loss']):.2f}"))
+    assert len(found) > 4 and found == set(rows)
