@@ -33,6 +33,7 @@ GREY = "#777b80"  # as far from white as from GitHub's black
 STYLE = {f"{part}color": GREY for part in ("text.", "axes.label", "axes.edge", "xtick.", "ytick.")}
 STYLE |= {"axes.facecolor": "none", "savefig.transparent": True, "legend.framealpha": 0}
 STYLE |= {"font.size": 14, "axes.titlesize": 14}  # 880 pixels wide, these are the README's 16
+OFFSET = dict(textcoords="offset points")
 PUBLISHED = [  # plain ViTs: name, patch size, millions of parameters, test accuracy (%)
     ("the tutorial", 8, 0.848, 67.46),
     ("s-chh", 4, 0.82, 82.5),
@@ -436,14 +437,18 @@ class Pictures:
         }
         seeds = [accuracy for name, accuracy in ends.items() if name.startswith("all_seed_")]
         bars = {text: ends[name] for name, text in ABLATIONS.items() if name in ends}
-        with picture(path, 1.2 + 0.36 * (len(bars) + 1)) as axes:
-            axes.barh(list(bars), list(bars.values()), color="C0")
-            axes.bar_label(axes.containers[0], fmt="%.1f", padding=4)
-            if seeds:
+        with picture(path, 1.2 + 0.36 * (len(ends) + 1)) as axes:
+            for y, accuracy in enumerate(bars.values()):  # dots, since no bar starts at 0
+                axes.plot(accuracy, y, "o", color="C0", markersize=9)
+                axes.annotate(f"{accuracy:.1f}", (accuracy, y), (10, 0), va="center", **OFFSET)
+            if len(seeds) > 1:
                 axes.axvspan(min(seeds), max(seeds), color="C1", alpha=0.5, linewidth=0)
                 axes.set_title(f"orange: the {len(seeds)} seeds of the whole recipe", color="C1")
+            axes.set_yticks(range(len(bars)), list(bars))
             axes.invert_yaxis()
-            axes.set(xlabel="validation accuracy (%)", xlim=(min([*bars.values(), 50]) - 3, None))
+            axes.grid(axis="y", color=GREY, alpha=0.3)
+            axes.margins(x=0.1, y=0.1)
+            axes.set(xlabel="validation accuracy (%)")
             axes.spines[["top", "right"]].set_visible(False)
 
     def draw_record(self, path: Path) -> None:
@@ -463,8 +468,8 @@ class Pictures:
             points += ours.values()  # the best of each patch size
             for color, side, shift, name, patch, *place in points:
                 axes.plot(*place, "s" if patch == 8 else "o", color=color)
-                offset = dict(textcoords="offset points", va="center", ha=side, color=color)
-                axes.annotate(f"{name}: {place[1]:.1f}", place, (shift, 0), **offset)
+                text, style = f"{name}: {place[1]:.1f}", dict(va="center", ha=side, color=color)
+                axes.annotate(text, place, (shift, 0), **OFFSET, **style)
             axes.set_title("squares: patch 8; dots: patch 4")
             axes.set(xlabel="parameters (millions)", ylabel="test accuracy (%)", xlim=(-1.5, 5.9))
             axes.set_xticks(range(6))
