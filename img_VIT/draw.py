@@ -46,7 +46,7 @@ TICKS = [1, 3, 10, 30, 100, 300]  # minutes
 LEARNING = {  # runs of configs/results, and what they learn from
     "cifar10_adamw": "patch 8, the tutorial's recipe",
     "cifar10": "patch 8, labels",
-    "cifar10_record": "patch 8, teacher",
+    "cifar10_record": "patch 8, teacher (trained before)",
     "cifar10_patch4": "patch 4, labels",
 }
 
