@@ -33,6 +33,7 @@ GREY = "#777b80"  # as far from white as from GitHub's black
 STYLE = {f"{part}color": GREY for part in ("text.", "axes.label", "axes.edge", "xtick.", "ytick.")}
 STYLE |= {"axes.facecolor": "none", "savefig.transparent": True, "legend.framealpha": 0}
 STYLE |= {"font.size": 14, "axes.titlesize": 14}  # 880 pixels wide, these are the README's 16
+SIGNS = "+", "="  # of a sum, between panels
 OFFSET = dict(textcoords="offset points")
 PUBLISHED = [  # plain ViTs: name, patch size, millions of parameters, test accuracy (%)
     ("the tutorial", 8, 0.848, 67.46),
@@ -65,6 +66,11 @@ ABLATIONS = {  # files of configs/results/ablations: 20 epochs of cifar10.yaml b
 }
 
 
+def _metrics(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a metrics.csv."""
+    return [*csv.DictReader(file.read_text().splitlines())]
+
+
 def _show(axes, values: Tensor) -> None:
     """Draw an image (3, H, W), or a matrix: orange below 0, violet above."""
     axes.set(xticks=[], yticks=[])
@@ -87,7 +93,7 @@ def _bars(axes, values: Tensor) -> None:
 def _arrow(axes, text: str) -> None:
     """Draw an arrow to the right with an operation above it; a sum has signs instead."""
     axes.axis("off")
-    if text in "+=":
+    if text in SIGNS:
         axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=20, transform=axes.transAxes)
         return
     axes.annotate(
@@ -111,7 +117,7 @@ def _scores(axes, scores: dict[str, float], right: str) -> None:
 def _flow(path: Path, height: float, steps: list[str | tuple]) -> None:
     """Draw panels of (title, values, text below, width), and the operations between them."""
     widths = [
-        0.3 if step in ("+", "=") else 0.8 if type(step) is str else step[3] for step in steps
+        step[3] if isinstance(step, tuple) else 0.3 if step in SIGNS else 0.8 for step in steps
     ]
     with picture(path, height, len(steps), formulas=True, width_ratios=widths) as row:
         for axes, step in zip(row, steps, strict=True):
@@ -192,13 +198,15 @@ class Pictures:
         self.classifier, config, saved = load_classifier(args.checkpoint)
         self.classifier4, *_ = load_classifier(args.patch4_checkpoint)  # for maps over the image
         self.vit, self.vit4 = self.classifier.model, self.classifier4.model
-        if not all(isinstance(m.positions, PositionalEmbedding) for m in (self.vit, self.vit4)):
+        positions = [getattr(m, "positions", None) for m in (self.vit, self.vit4)]  # or a convnet
+        if not all(isinstance(part, PositionalEmbedding) for part in positions):
             raise InputError("--checkpoint: the pictures are of models with positions")
         self.classes = saved["classes"]
         self.images, self.labels = load_images(args, config, saved, "test")
-        self.label = EXAMPLE_CLASS % len(self.classes)
-        image = self.sample(self.label)[None].float()
-        size = self.vit.image_size, self.vit.image_size
+        label = EXAMPLE_CLASS % len(self.classes)
+        self.right = self.classes[label]
+        image, size = self.sample(label)[None].float(), (self.vit.image_size,) * 2
+        self.side = self.vit.image_size // self.vit.patches.patch_size  # patches in a row
         self.image = F.interpolate(image, size, mode="bilinear")[0].to(torch.uint8)
 
     @cached_property
@@ -234,40 +242,44 @@ class Pictures:
         scores = predict(classifier, image[None])[0].softmax(0).tolist()
         return dict(zip(self.classes, scores, strict=True))
 
-    def draw_hero(self, path: Path) -> None:
-        """Follow an image from its pixels to its class, with the operation on each arrow."""
-        vit, p = self.vit, self.vit.patches.patch_size
-        z_0, z_L, y = self.inputs_of(vit.blocks[0].norm1, vit.norm, vit.head)
-        side = vit.image_size // p
-        steps = [
-            ("image", self.image, f"{vit.image_size}×{vit.image_size}×3", 1),
-            "unfold",
-            ("patches", _grid(self.patches, side, 2), f"{len(self.patches)} of {p}×{p}×3", 1),
-            "$· E$\n$+ E_{pos}$",
-            ("$z_0$", z_0, f"{len(z_0)}×{z_0.shape[1]}", 1),
-            f"{len(vit.blocks)} ×\nblock",
-            (f"$z_{{{len(vit.blocks)}}}$", z_L, f"{len(z_L)}×{z_L.shape[1]}", 1),
+    def first_panel(self) -> tuple:
+        """The image itself."""
+        size = self.vit.image_size
+        return "image", self.image, f"{size}×{size}×3", 1
+
+    def last_panels(self, title: str, width: float) -> list[str | tuple]:
+        """Return the panels from the last block's tokens to the classes (Eq. 4)."""
+        z_L, y = self.inputs_of(self.vit.norm, self.vit.head)
+        return [
+            (f"$z_{{{len(self.vit.blocks)}}}$", z_L, f"{len(z_L)}×{z_L.shape[1]}", 1),
             "mean",
             ("$y$", y.T, f"{y.shape[1]}", 0.2),
             "$· W$",
-            ("class", (self.scores(self.image), self.classes[self.label]), "", 1),
+            (title, (self.scores(self.image), self.right), "", width),
         ]
-        _flow(path, 2.9, steps)
+
+    def draw_hero(self, path: Path) -> None:
+        """Follow an image from its pixels to its class, with the operation on each arrow."""
+        vit, p = self.vit, self.vit.patches.patch_size
+        (z_0,) = self.inputs_of(vit.blocks[0].norm1)
+        cut, text = _grid(self.patches, self.side, 2), f"{len(self.patches)} of {p}×{p}×3"
+        steps = [self.first_panel(), "unfold", ("patches", cut, text, 1), "$· E$\n$+ E_{pos}$"]
+        steps += [("$z_0$", z_0, f"{len(z_0)}×{z_0.shape[1]}", 1), f"{len(vit.blocks)} ×\nblock"]
+        _flow(path, 2.9, [*steps, *self.last_panels("class", 1)])
 
     def draw_patches(self, path: Path) -> None:
         """Cut the image into patches and write each as a row (Eq. 1)."""
-        vit, x_p = self.vit, self.patches.flatten(1)
-        cut = _grid(self.patches, vit.image_size // vit.patches.patch_size, 2)
-        p, size = vit.patches.patch_size, f"{len(x_p)}×{x_p.shape[1]}"
-        steps = [("image", self.image, f"{vit.image_size}×{vit.image_size}×3", 1), "unfold"]
+        p, x_p = self.vit.patches.patch_size, self.patches.flatten(1)
+        cut = _grid(self.patches, self.side, 2)
+        steps = [self.first_panel(), "unfold"]
         steps += [(f"{len(x_p)} patches", cut, f"{p}×{p}×3 each", 1), "flatten"]
-        _flow(path, 3.0, [*steps, ("$x_p$", x_p - 127.5, size, 1)])
+        _flow(path, 3.0, [*steps, ("$x_p$", x_p - 127.5, f"{len(x_p)}×{x_p.shape[1]}", 1)])
 
     def draw_positions(self, path: Path) -> None:
         """Compare image and shuffled image with and without positions, then show z_0 (Eq. 1)."""
-        vit, side = self.vit, self.vit.image_size // self.vit.patches.patch_size
+        vit = self.vit
         order = torch.randperm(len(self.patches), generator=torch.Generator().manual_seed(1))
-        shuffled, steps = _grid(self.patches[order], side, 0), []
+        shuffled, steps = _grid(self.patches[order], self.side, 0), []
         for title, image in ("image", self.image), ("shuffled", shuffled):
             text = []
             for sign, positions in ("with $E_{pos}$", True), ("without", False):
@@ -320,13 +332,8 @@ class Pictures:
 
     def draw_scores(self, path: Path) -> None:
         """Take the mean over the tokens and give each class a score (Eq. 4)."""
-        vit = self.vit
-        z_L, y = self.inputs_of(vit.norm, vit.head)
-        steps = [(f"$z_{{{len(vit.blocks)}}}$", z_L, f"{len(z_L)}×{z_L.shape[1]}", 1), "mean"]
-        steps += [("$y$", y.T, f"{y.shape[1]}", 0.2), "$· W$"]
-        scores = self.scores(self.image)
-        top = f"softmax: {self.classes[self.label]} {100 * scores[self.classes[self.label]]:.0f} %"
-        _flow(path, 2.9, [*steps, (top, (scores, self.classes[self.label]), "", 1.6)])
+        top = f"softmax: {self.right} {100 * self.scores(self.image)[self.right]:.0f} %"
+        _flow(path, 2.9, self.last_panels(top, 1.6))
 
     def draw_block(self, path: Path) -> None:
         """Draw the encoder block with its two residuals and its parameters (Eq. 2, 3)."""
@@ -392,13 +399,12 @@ class Pictures:
             _show(axes["look"], self.image)
             axes["look"].set_title(f"where patch {query + 1} looks")
             axes["look"].set_xlabel("orange: head 1; blue: 2")
-            side = self.vit.image_size // p
             for i, color in enumerate(("C1", "C0")):
                 for number, weight in enumerate(A[i, last + query, last:].tolist()):
-                    points = [
-                        (n % side * p + (p - 1) / 2 + 1.5 * i - 0.75, n // side * p + (p - 1) / 2)
-                        for n in (number, query)
-                    ]
+                    points = []
+                    for n in number, query:  # their centres, those of the two heads side by side
+                        x, y = n % self.side * p + (p - 1) / 2, n // self.side * p + (p - 1) / 2
+                        points.append((x + 1.5 * i - 0.75, y))
                     arrow = dict(arrowstyle="-|>", color=color, lw=14 * weight, alpha=0.8)
                     if number != query and weight > 0.02:
                         axes["look"].annotate("", *points, arrowprops=arrow)
@@ -410,8 +416,7 @@ class Pictures:
     @cached_property
     def runs(self) -> dict[str, list[dict[str, str]]]:
         """The rows of each file of configs/results."""
-        files = sorted(RESULTS.glob("*.csv"))
-        return {f.stem: [*csv.DictReader(f.read_text().splitlines())] for f in files}
+        return {file.stem: _metrics(file) for file in sorted(RESULTS.glob("*.csv"))}
 
     def draw_training(self, path: Path) -> None:
         """Draw validation accuracy against minutes, as if no run had been paused: by the median."""
@@ -431,10 +436,8 @@ class Pictures:
 
     def draw_ablations(self, path: Path) -> None:
         """Draw what the recipe gains by each ingredient, with the spread of its seeds."""
-        ends = {
-            file.stem: float([*csv.DictReader(file.read_text().splitlines())][-1]["val_accuracy"])
-            for file in (RESULTS / "ablations").glob("*.csv")
-        }
+        files = (RESULTS / "ablations").glob("*.csv")
+        ends = {file.stem: float(_metrics(file)[-1]["val_accuracy"]) for file in files}
         seeds = [accuracy for name, accuracy in ends.items() if name.startswith("all_seed_")]
         bars = {text: ends[name] for name, text in ABLATIONS.items() if name in ends}
         with picture(path, 1.2 + 0.36 * (len(ends) + 1)) as axes:
@@ -532,8 +535,8 @@ def main(argv: list[str]) -> None:
     pictures, out = Pictures(args), Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in args.only:
-            with rc_context(STYLE):
+        with rc_context(STYLE):
+            for name in args.only:
                 pictures.draw(name, out / f"{name}.png")
     except OSError as error:
         raise InputError(f"--out {out}: {error.strerror or error}") from None

@@ -11,18 +11,19 @@ from PIL import Image
 import vit.data
 from vit import Classifier, ViT, plots
 from vit.checkpoint import to_bytes
-from vit.config import Config
+from vit.config import Config, make_model
 from vit.shapes import SHAPES, draw_shapes
 
 TEST = {"accuracy": 50.0, "loss": 1.5, "images": 10}
+ALL = dict(image_size=32, num_classes=10)  # what a convnet has too
 TINY = dict(embedding_dim=16, num_heads=2, mlp_dim=24)
 
 
-def write_checkpoint(path: Path, **arguments) -> Path:
+def write_checkpoint(path: Path, convnet: bool = False, **arguments) -> Path:
     """Write a checkpoint of a tiny model of random weights."""
     torch.manual_seed(0)
-    arguments = TINY | arguments
-    classifier = Classifier(ViT(**arguments), [0.5] * 3, [0.25] * 3)
+    arguments = {"name": "convnet"} if convnet else {"name": "vit"} | TINY | arguments
+    classifier = Classifier(make_model(**ALL | arguments), [0.5] * 3, [0.25] * 3)
     content = {"classifier": classifier.state_dict(), "classes": [*SHAPES], "fingerprint": ""}
     content |= {"config": Config.from_dict({"model": arguments}).to_dict(), "test": TEST}
     path.write_bytes(to_bytes(content))
@@ -55,10 +56,14 @@ def test_every_picture_is_drawn_small_and_not_blank(flags, tmp_path):
     files = sorted((tmp_path / "new/img").iterdir())
     assert [f.name for f in files] == sorted(f"{name}.png" for name in names.split())
     for file in files:
-        picture = np.asarray(Image.open(file)).astype(float)
-        drawn = picture[..., 3] > 0  # what is not transparent
-        assert picture.shape[1:] == (1200, 4) and 0.01 < drawn.mean() < 0.95, file
-        assert picture[drawn][:, :3].std() > 10 and file.stat().st_size < 300_000, file
+        image = Image.open(file)
+        drawn = np.asarray(image)[..., 3] > 0  # what is not transparent
+        assert image.size[0] == 1200 and 0.01 < drawn.mean() < 0.95, file
+        white = Image.new("RGBA", image.size, "white")
+        picture = np.asarray(Image.alpha_composite(white, image).convert("RGB")).astype(float)
+        dark = (picture.mean(-1) < 160).mean()
+        assert picture.std() > 15 and 0.001 < dark < 0.9, (file, picture.std(), dark)
+        assert (picture[0, 0] == 255).all() and file.stat().st_size < 300_000, file
 
 
 def test_only_draws_just_that_picture(flags, tmp_path, capsys):
@@ -71,6 +76,7 @@ def test_only_draws_just_that_picture(flags, tmp_path, capsys):
 def test_what_cannot_be_drawn_is_one_line_and_exit_code_2(flags, tmp_path, capsys):
     (tmp_path / "file").touch()
     torch.save(torch.load(flags[1]) | {"classes": [*"abcdefghij"]}, tmp_path / "renamed.pt")
+    write_checkpoint(tmp_path / "convnet.pt", convnet=True)
     names = ", ".join(draw.NAMES)
     for argv, message in (
         (["--only", "block", "bloc"], f"--only bloc: the pictures are {names}"),
@@ -78,6 +84,7 @@ def test_what_cannot_be_drawn_is_one_line_and_exit_code_2(flags, tmp_path, capsy
         (["--checkpoint", f"{tmp_path}/renamed.pt"], "its classes are not the checkpoint's"),
         (["--only", "block", "--out", f"{tmp_path}/file/x"], f"--out {tmp_path}/file/x: "),
         (["--data.name", "mnist"], "data.name"),
+        (["--checkpoint", f"{tmp_path}/convnet.pt"], "the pictures are of models with positions"),
     ):
         code, (out, err) = draw.main([*flags, *argv]), capsys.readouterr()
         lines = [line for line in err.splitlines() if not line.startswith("weights ")]

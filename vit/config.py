@@ -122,7 +122,7 @@ class TrainConfig:
 PATHS = ("data", "root"), ("train", "init_from"), ("train", "teacher")
 MAY_DIFFER = "data.root", "train.device", "train.execution", "train.teacher"  # when resumed
 SECTIONS = {"model": ViT, "data": DataConfig, "train": TrainConfig}
-CONVNET_KEYS = "name", "image_size", "num_classes"
+CONVNET_KEYS = inspect.signature(ConvNet).parameters
 VIT_DEFAULTS = {key: p.default for key, p in inspect.signature(ViT).parameters.items()}
 
 
@@ -130,7 +130,7 @@ def make_model(name: str, **arguments) -> nn.Module:
     """Build the ViT of these arguments, or the convnet of their image size and classes."""
     if name == "vit":
         return ViT(**arguments)
-    return ConvNet(arguments["image_size"], arguments["num_classes"])
+    return ConvNet(**{key: arguments[key] for key in CONVNET_KEYS})
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ def _check_model(model: dict[str, Any]) -> None:
     for key, value in model.items():
         if type(value) is int and value < 1:
             raise InputError(f"model.{key} {value} is not positive")
-        if model["name"] == "convnet" and key not in CONVNET_KEYS and value != VIT_DEFAULTS[key]:
+    for key, default in VIT_DEFAULTS.items():
+        if model["name"] == "convnet" and key not in CONVNET_KEYS and model[key] != default:
             raise InputError(f"model.{key} is not a key of model.name convnet")
     if model["num_classes"] < 2:
         raise InputError("model.num_classes 1 leaves nothing to choose")
@@ -205,10 +206,11 @@ def _check_contradictions(config: Config) -> None:
         raise InputError("train.accumulation_steps does not divide train.batch_size")
     if (train.optimizer == "muon") != (train.muon_learning_rate > 0):
         raise InputError("train.muon_learning_rate is above 0 with train.optimizer muon alone")
-    if config.model["name"] == "convnet" and train.optimizer == "muon":
-        raise InputError("train.optimizer muon needs the blocks of model.name vit")
-    if config.model["name"] == "convnet" and train.init_from:
-        raise InputError("train.init_from holds weights of model.name vit")
+    if config.model["name"] == "convnet":
+        if train.optimizer == "muon":
+            raise InputError("train.optimizer muon needs the blocks of model.name vit")
+        if train.init_from:
+            raise InputError("train.init_from holds weights of model.name vit")
 
 
 @functools.cache  # reading the docstrings takes a tenth of a second
@@ -224,11 +226,9 @@ def config_parser(with_flags: bool = False) -> ArgumentParser:
     if with_flags:
         parser.add_argument("--config", help="YAML file with the sections model, data and train.")
         parser.add_argument("--run_dir", help="Folder of the run; default runs/NAME of the config.")
-        help_ = (
-            "Go on with the run of this folder; auto: with that of --run_dir, or start it. Only "
-        )
-        help_ += f"{', '.join(MAY_DIFFER)} may differ."
-        parser.add_argument("--resume", metavar="DIR|auto", help=help_)
+        text = "Go on with the run of this folder; auto: with that of --run_dir, or start it. Only "
+        text += f"{', '.join(MAY_DIFFER)} may differ."
+        parser.add_argument("--resume", metavar="DIR|auto", help=text)
     return parser
 
 

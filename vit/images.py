@@ -77,7 +77,7 @@ def load_folder(folder: Path, classes: list[str], size: int) -> tuple[Tensor, Te
 
     Raises InputError for a class that is not in `classes`, and where images cannot be read.
     """
-    files, labels, left_out, without = [], [], Counter(), set(classes)
+    files, labels, left_out = [], [], Counter()
     for name in class_names(folder):
         if name not in classes:
             raise InputError(f"{folder}: class {name} is not one of the training's")
@@ -85,12 +85,10 @@ def load_folder(folder: Path, classes: list[str], size: int) -> tuple[Tensor, Te
         left_out += others
         files += found
         labels += [classes.index(name)] * len(found)
-        if found:
-            without.discard(name)
     say_left_out(folder, left_out)
     if not files:
         raise InputError(f"{folder}: no image in its subfolders")
-    if without:
+    if without := {*classes} - {classes[label] for label in labels}:
         say(f"{folder}: no images of {', '.join(sorted(without))}", sys.stderr)
     pixels = side_of(files[0])
     if pixels > 2 * size:
