@@ -131,21 +131,20 @@ def main(argv: list[str]) -> None:
     for name in "checkpoint", "images", "figures", "export":
         if args[name]:
             args[name] = os.path.expanduser(args[name])
-    if args.export:
-        size = export(args.checkpoint, Path(args.export))
-        say(f"{args.export}: {size:,} bytes")
-        return
-    classifier, config, saved = load_classifier(args.checkpoint)
-    device, classifier.precision = pick_device(
-        args.device, args.precision or config.train.precision
-    )
-    classifier.to(device)
     try:
+        if args.export:
+            size = export(args.checkpoint, Path(args.export))
+            say(f"{args.export}: {size:,} bytes")
+            return
+        classifier, config, saved = load_classifier(args.checkpoint)
+        precision = args.precision or config.train.precision
+        device, classifier.precision = pick_device(args.device, precision)
+        classifier.to(device)
         if args.figures:
             Path(args.figures).mkdir(parents=True, exist_ok=True)
         result = (classify if args.images else evaluate)(args, classifier, config, saved)
     except OSError as error:
-        where = error.filename or args.figures  # a full disk names no file
+        where = error.filename or args.export or args.figures  # a full disk names no file
         raise InputError(f"{where}: {error.strerror or error}") from None
     if args.json:
         say(json.dumps(result))

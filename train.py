@@ -14,7 +14,7 @@ from vit.checkpoint import TrainState, load_classifier
 from vit.classifier import Classifier
 from vit.config import Config, TrainConfig, config_parser, make_model, parse_flags
 from vit.data import Batches, load_dataset
-from vit.distributed import WORLD_SIZE, keep_gradients, processes, total
+from vit.distributed import WORLD_SIZE, processes, total
 from vit.errors import one_line_errors, say
 from vit.evaluation import evaluate
 from vit.optim import learning_rate_factor, make_optimizers, set_learning_rates
@@ -39,11 +39,10 @@ def training_step(
     if teacher:  # soft targets for the very images that the student sees
         targets = teacher(images).softmax(1)
     parts = recipe.accumulation_steps
-    for i, (x, y) in enumerate(zip(images.chunk(parts), targets.chunk(parts), strict=True)):
-        with keep_gradients(state.network, is_last=i == parts - 1):
-            logits = state.network(x)  # the classifier's, (B / parts, K)
-            loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing) / parts
-            loss.backward()
+    for x, y in zip(images.chunk(parts), targets.chunk(parts), strict=True):
+        logits = state.network(x)  # the classifier's, (B / parts, K)
+        loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing) / parts
+        loss.backward()
         state.loss_sum += loss.detach()
     if recipe.clip_norm:
         clip_grad_norm_(state.classifier.parameters(), recipe.clip_norm)
@@ -77,7 +76,7 @@ def train(config: Config, device: torch.device, run: Run) -> None:
     classifier = Classifier(model, data.mean, data.std, recipe.precision).to(device)
     state = TrainState(classifier, make_optimizers(model, recipe))
     step = prepare(training_step, state, recipe, teacher)
-    run.begin(state, data, teacher)
+    run.begin(state, data)
 
     total_steps = recipe.epochs * len(batches)
     for epoch in range(len(state.history), recipe.epochs):

@@ -167,6 +167,8 @@ def test_pipes_and_links_to_a_folder_above_are_passed_over(tmp_path):
     (folder / "ant" / "again.png").symlink_to(folder / "ant" / "000.png")
     found, _ = find_images(folder)
     assert len({file.resolve() for file in found}) == len(found) == 12
+    found, _ = find_images(folder / "ant")
+    assert {file.resolve().parent.name for file in found} == {"ant"} and len(found) == 4
 
 
 def test_folders_of_every_layout(run_train, run_dir, tmp_path, capsys):

@@ -1,8 +1,6 @@
 """What training changes, and files of it that are either whole or not there."""
 
 import dataclasses
-import functools
-import hashlib
 import io
 import math
 import os
@@ -19,7 +17,7 @@ from torch.optim import Optimizer
 from vit.classifier import Classifier
 from vit.config import Config, make_model
 from vit.distributed import wrap
-from vit.errors import InputError, say
+from vit.errors import InputError, say_once
 
 FORMAT = "vit checkpoint 4"
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
@@ -82,14 +80,6 @@ class TrainState:
             setattr(self, name, saved[name])
 
 
-def digest(classifier: Classifier) -> str:
-    """Return the SHA-256 of a classifier's tensors, in order."""
-    sha = hashlib.sha256()
-    for tensor in classifier.state_dict().values():
-        sha.update(tensor.cpu().numpy())
-    return sha.hexdigest()
-
-
 def write_atomically(path: Path, content: bytes) -> None:
     """Write and rename a temporary file. Raises OSError where that fails; `path` is as before."""
     temporary = path.with_name(path.name + ".tmp")
@@ -107,15 +97,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         try:
             os.fsync(folder)
         except OSError as error:
-            warn_once(f"{path.parent}: this file system cannot sync a folder: {error.strerror}")
+            fault = f"this file system cannot sync a folder: {error.strerror}"
+            say_once(f"{path.parent}: {fault}", sys.stderr)
         finally:
             os.close(folder)
-
-
-@functools.cache
-def warn_once(line: str) -> None:
-    """Say what a file system cannot do, without which a run goes on."""
-    say(line, sys.stderr)
 
 
 def save(content: dict[str, Any], folder: Path) -> None:
@@ -136,13 +121,12 @@ def to_bytes(content: dict[str, Any]) -> bytes:
 def read_verified(path: Path) -> Any:
     """Read a file of torch.save onto the CPU. Raises InputError where it cannot be read."""
     try:
-        with open(path, "rb") as file:  # torch.load itself compares no checksums
-            is_archive = file.read(2) == b"PK"  # torch's format before 1.6 has none
-            archive = zipfile.ZipFile(file) if is_archive else None
-            if archive and any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
-                raise ValueError("it is compressed, which torch.save does not do")
-            if archive and (damaged := archive.testzip()):
-                raise ValueError(f"the checksum of {damaged} does not agree")
+        if zipfile.is_zipfile(path):  # torch's format before 1.6 has no checksums
+            with zipfile.ZipFile(path) as archive:  # torch.load itself compares none
+                if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
+                    raise ValueError("it is compressed, which torch.save does not do")
+                if damaged := archive.testzip():
+                    raise ValueError(f"the checksum of {damaged} does not agree")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -198,7 +182,7 @@ def load_classifier(
 def export(source: str | Path, target: Path) -> int:
     """Write the weights of a checkpoint, without what only training needs; return the bytes.
 
-    Raises InputError where `target` exists or cannot be written.
+    Raises InputError where `target` exists, OSError where it cannot be written.
     """
     _, config, saved = load_classifier(source)
     data = dataclasses.replace(config.data, root="data")  # not a path of this machine
@@ -206,8 +190,5 @@ def export(source: str | Path, target: Path) -> int:
     if target.exists():
         raise InputError(f"--export {target}: exists already")
     content = to_bytes({name: saved[name] for name in (*WEIGHTS_PARTS, "test") if name in saved})
-    try:
-        write_atomically(target, content)
-    except OSError as error:
-        raise InputError(f"--export {target}: {error.strerror or error}") from None
+    write_atomically(target, content)
     return len(content)

@@ -267,11 +267,10 @@ def read_config(flags: dict[str, Any]) -> Config:
 
 def resumed_config(flags: dict[str, Any], saved: dict) -> Config:
     """Return a saved configuration with what may differ, by the flags. Raises InputError."""
-    is_auto = flags["resume"] == "auto"
-    # With auto the command of the start is given again, and must say the same.
-    given = (
-        read_config(flags).to_dict() if is_auto else {k: flags[k] for k in flags if k != "resume"}
-    )
+    given = dict(flags)
+    is_auto = given.pop("resume") == "auto"
+    if is_auto:  # the command of the start is given again, and must say the same
+        given = read_config(given).to_dict()
     config = {section: dict(values) for section, values in saved.items()}
     for flag, value in config_parser(True).parse_object(given, defaults=False).items():
         section, _, key = flag.partition(".")

@@ -150,9 +150,8 @@ def hold_out(split: Split, config: DataConfig) -> tuple[Split, Split]:
     for columns in split.images.view(count, -1).chunk(16, dim=1):  # less memory than all at once
         columns.copy_(columns[order])
     labels = split.labels[order]
-    return tuple(
-        Split(split.images[i], labels[i]) for i in (slice(held_out, None), slice(held_out))
-    )
+    parts = slice(held_out, None), slice(held_out)
+    return tuple(Split(split.images[part], labels[part]) for part in parts)
 
 
 def mean_and_std(images: Tensor) -> tuple[list[float], list[float]]:

@@ -12,17 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vit.errors import InputError, Stopped
 
-
-def _integer(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    return int(text) if text.isdecimal() else -1  # which `processes` refuses
-
-
-RANK, LOCAL_RANK, WORLD_SIZE = (
-    _integer("RANK", 0),
-    _integer("LOCAL_RANK", 0),
-    _integer("WORLD_SIZE", 1),
-)
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextlib.contextmanager
@@ -85,11 +76,6 @@ def wrap(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames it, 2.9 has no other
         return DistributedDataParallel(model, broadcast_buffers=False)
-
-
-def keep_gradients(network: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
-    """Return a context in which gradients are not exchanged yet, unless this is the last part."""
-    return contextlib.nullcontext() if WORLD_SIZE == 1 or is_last else network.no_sync()
 
 
 def total(tensor: Tensor) -> Tensor:

@@ -46,6 +46,9 @@ def say(text: object, file: io.TextIOBase | None = None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+say_once = functools.cache(say)
+
+
 def one_line_errors(script: str):
     """Decorate a script's main function: its errors become one line and the exit code."""
 

@@ -1,6 +1,5 @@
 """Images from files: a folder for each class, or images of any size and mode."""
 
-import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -28,31 +27,21 @@ class Unreadable(InputError):
 def find_images(folder: Path) -> tuple[list[Path], Counter]:
     """Return the images in a folder and its subfolders, each once, and the endings of the others.
 
-    Raises InputError where there is no such folder.
+    Links to files are followed, links to folders are not: they may lead to a folder above. Raises
+    InputError where there is no such folder.
     """
-    found, seen, left_out = [], set(), Counter()
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real_parent = os.path.realpath(parent)
-        seen.add(real_parent)  # a link may lead back to a folder above
-        folders[:] = [
-            name
-            for name in folders
-            if name[0] != "." and os.path.realpath(os.path.join(parent, name)) not in seen
-        ]
-        for name in names:
-            path, real = os.path.join(parent, name), os.path.join(real_parent, name)
-            real = os.path.realpath(path) if os.path.islink(path) else real
-            if name[0] == "." or real in seen or not os.path.isfile(path):  # a pipe, say
-                continue
-            seen.add(real)
-            ending = os.path.splitext(name)[1]
-            if ending.lower() in ENDINGS:
-                found.append(Path(path))
-            else:
-                left_out[ending] += 1
-    return sorted(found), left_out
+    found, left_out, real_folder = {}, Counter(), folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if any(part[0] == "." for part in name.parts) or not path.is_file():  # a pipe, say
+            continue
+        if path.suffix.lower() in ENDINGS:
+            found.setdefault(path.resolve() if path.is_symlink() else real_folder / name, path)
+        else:
+            left_out[path.suffix] += 1
+    return list(found.values()), left_out
 
 
 def say_left_out(folder: Path, left_out: Counter) -> None:

@@ -147,9 +147,8 @@ class ViT(nn.Module):
         if positions == "none":
             self.positions = nn.Identity()
         elif positions == "sincos":  # a class token's row stays as it is
-            self.positions.embedding.weight.data[-(grid**2) :] = sincos_positions(
-                grid, embedding_dim
-            )
+            sincos = sincos_positions(grid, embedding_dim)
+            self.positions.embedding.weight.data[-(grid**2) :] = sincos
         block = embedding_dim, num_heads, mlp_dim, drop_rate, norm_eps
         self.blocks = nn.Sequential(*(EncoderBlock(*block) for _ in range(num_blocks)))
         self.norm = nn.LayerNorm(embedding_dim, norm_eps) if final_norm else nn.Identity()

@@ -96,9 +96,8 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def plot_class_accuracy(images, logits, labels, classes: list[str], path: Path) -> None:
     """Draw one bar per class that has images, in percent."""
-    found = {
-        c: a for c, a in zip(classes, class_accuracy(logits, labels), strict=True) if a is not None
-    }
+    pairs = zip(classes, class_accuracy(logits, labels), strict=True)
+    found = {name: accuracy for name, accuracy in pairs if accuracy is not None}
     with picture(path, 1 + 0.3 * len(found)) as axes:
         places = range(len(found))  # numbers, since names may be equal when drawn
         axes.bar_label(axes.barh(places, list(found.values())), fmt="%.1f", padding=3)

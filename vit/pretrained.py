@@ -95,12 +95,9 @@ def load_pretrained(vit: ViT, source: str) -> str | None:
 
 def without_prefixes(weights: dict) -> dict[str, Tensor]:
     """Return the tensors of a file, which wrappers may have nested or given common prefixes."""
-    while not any(torch.is_tensor(value) for value in weights.values()):
-        inner = [weights[key] for key in NESTED if isinstance(weights.get(key), dict)]
-        if not inner:
-            raise ValueError("no dictionary of tensors")
+    while inner := [weights[key] for key in NESTED if isinstance(weights.get(key), dict)]:
         weights = inner[0]
-    if not all(torch.is_tensor(value) for value in weights.values()):
+    if not weights or not all(torch.is_tensor(value) for value in weights.values()):
         raise ValueError("no dictionary of tensors alone")
     prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in weights)), None)
     if prefix is None:

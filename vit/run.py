@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import hashlib
 import io
 import os
 import shlex
@@ -19,12 +20,11 @@ import torch
 from tqdm import tqdm
 
 from vit import checkpoint
-from vit.checkpoint import TrainState, digest, warn_once, write_atomically
-from vit.classifier import Classifier
+from vit.checkpoint import TrainState, write_atomically
 from vit.config import Config, read_config, resumed_config
 from vit.data import Batches, Dataset
 from vit.distributed import RANK, WORLD_SIZE, another_process_ended, rank_0_first
-from vit.errors import InputError, Stopped, is_out_of_memory, say
+from vit.errors import InputError, Stopped, is_out_of_memory, say, say_once
 from vit.plots import plot_runs
 
 try:
@@ -33,9 +33,7 @@ except ImportError:  # Windows: two processes in one folder are not noticed ther
     fcntl = None
 
 
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
+SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 OURS = {"config.yaml", "metrics.csv", "curves.png"}  # in a run's folder, beside its checkpoints
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -71,7 +69,6 @@ class Run(contextlib.ExitStack):
         self.go_on = f"go on with: python train.py --resume {shlex.quote(str(folder))}"
         self.stopped, self.unsaved = None, ""  # by a signal; why the last save failed
         self.steps, self.is_made = 0, False  # of this process; the folder, by it
-        self.has_config = False  # written by this process
 
     def __enter__(self) -> "Run":
         """Take the folder before anything slow is done. Raises InputError."""
@@ -112,12 +109,14 @@ class Run(contextlib.ExitStack):
             raise InputError(f"{self.folder}: another process is working in it") from None
         except OSError as error:
             fault = f"this file system has no locks ({error.strerror})"
-            warn_once(f"{self.folder}: {fault}: start no second process in it")
+            say_once(f"{self.folder}: {fault}: start no second process in it", sys.stderr)
 
-    def begin(self, state: TrainState, data: Dataset, teacher: Classifier | None = None) -> None:
+    def begin(self, state: TrainState, data: Dataset) -> None:
         """Watch for signals, then save the first state or take up the saved one."""
         self.info = dict(classes=data.classes, fingerprint=data.fingerprint)
-        self.info |= dict(config=self.config.to_dict(), teacher=digest(teacher) if teacher else "")
+        self.info |= dict(config=self.config.to_dict(), teacher="")
+        if teacher := self.config.train.teacher:
+            self.info["teacher"] = hashlib.sha256(Path(teacher).read_bytes()).hexdigest()
         self.watch_signals()
         if self.saved:
             self.restore(state, data)
@@ -207,9 +206,7 @@ class Run(contextlib.ExitStack):
         writer.writerows(state.history)
         text = self.config.to_yaml().encode("utf-8", "surrogateescape")  # names as on the disk
         try:
-            if not self.has_config:  # a resumed run may go on with other settings
-                write_atomically(self.folder / "config.yaml", text)
-                self.has_config = True
+            write_atomically(self.folder / "config.yaml", text)
             write_atomically(self.folder / "metrics.csv", table.getvalue().encode())
             checkpoint.save(self.info | state.state_dict(), self.folder)
             self.unsaved = ""
