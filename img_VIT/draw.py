@@ -24,7 +24,7 @@ from vit.config import parse_flags
 from vit.errors import InputError, one_line_errors
 from vit.evaluation import load_images, predict, weights_parser
 from vit.model import CHANNELS, EncoderBlock, PositionalEmbedding
-from vit.plots import RESULT_PICTURES, picture, plot_runs, shade
+from vit.plots import RESULT_PICTURES, picture, plot_runs
 
 RESULTS = Path(__file__).parents[1] / "configs" / "results"
 EXAMPLE_CLASS, EXAMPLE_NUMBER = 7, 6  # the image that is followed: the seventh horse of the test
@@ -37,7 +37,7 @@ SIGNS = "+", "="  # of a sum, between panels
 OFFSET = dict(textcoords="offset points")
 PUBLISHED = [  # plain ViTs: name, patch size, millions of parameters, test accuracy (%)
     ("the tutorial", 8, 0.848, 67.46),
-    ("s-chh", 4, 0.82, 82.5),
+    ("s-chh (GitHub)", 4, 0.82, 82.5),
     ("s-chh, RandAugment", 4, 0.82, 86.3),
     ("ViT-Lite-7/8", 8, 3.7, 89.1),
     ("ViT-Lite-7/4", 4, 3.7, 93.6),
@@ -71,13 +71,13 @@ def _metrics(file: Path) -> list[dict[str, str]]:
     return [*csv.DictReader(file.read_text().splitlines())]
 
 
-def _show(axes, values: Tensor) -> None:
-    """Draw an image (3, H, W), or a matrix: orange below 0, violet above."""
+def _show(axes, values: Tensor, top: float | None = None) -> None:
+    """Draw an image (3, H, W), or a matrix: orange below 0, violet above, darkest at `top`."""
     axes.set(xticks=[], yticks=[])
     if values.ndim == 3:
         axes.imshow(values.permute(1, 2, 0).numpy(), interpolation="nearest")
         return
-    top = values.float().abs().quantile(0.99).item()
+    top = top or values.float().abs().quantile(0.99).item()
     scale = dict(vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
     axes.imshow(values.numpy(), "PuOr", **scale)
 
@@ -114,7 +114,7 @@ def _scores(axes, scores: dict[str, float], right: str) -> None:
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
-def _flow(path: Path, height: float, steps: list[str | tuple]) -> None:
+def _flow(path: Path, height: float, steps: list[str | tuple], top: float | None = None) -> None:
     """Draw panels of (title, values, text below, width), and the operations between them."""
     widths = [
         step[3] if isinstance(step, tuple) else 0.3 if step in SIGNS else 0.8 for step in steps
@@ -128,7 +128,7 @@ def _flow(path: Path, height: float, steps: list[str | tuple]) -> None:
             if isinstance(values, tuple):
                 _scores(axes, *values)
             else:
-                _show(axes, values)
+                _show(axes, values, top)
                 axes.set_box_aspect(8 if values.shape[-1] == 1 else 1)
             axes.set_title(title)
             axes.set_xlabel(text)
@@ -171,6 +171,11 @@ def filter_components(projection: Tensor, count: int) -> Tensor:
     centred = projection - projection.mean(dim=0)
     components = torch.linalg.svd(centred, full_matrices=False).Vh[:count]
     return components.unflatten(1, (CHANNELS, side, side))
+
+
+def _blue_to_yellow(light: Tensor) -> Tensor:
+    """Colour maps of 0 to 1. Shapes: (n, H, W) → uint8 (n, 3, H, W)."""
+    return (255 * torch.stack([light, light, 1 - light], 1)).to(torch.uint8)
 
 
 def _mosaic(path: Path, height: float, title: str, images: Tensor, columns: int) -> None:
@@ -254,7 +259,7 @@ class Pictures:
             (f"$z_{{{len(self.vit.blocks)}}}$", z_L, f"{len(z_L)}×{z_L.shape[1]}", 1),
             "mean",
             ("$y$", y.T, f"{y.shape[1]}", 0.2),
-            "$· W$",
+            "$· W$,\nsoftmax",
             (title, (self.scores(self.image), self.right), "", width),
         ]
 
@@ -290,7 +295,7 @@ class Pictures:
         positions = vit.positions.embedding.weight.detach()[-len(projected) :]
         steps += [("$x_p E$", projected, "tokens", 1.2), "+"]
         steps += [("$E_{pos}$", positions, "learned", 1.2), "=", ("$z_0$", z_0, "sum", 1.2)]
-        _flow(path, 2.9, steps)
+        _flow(path, 2.9, steps, top=z_0.abs().quantile(0.99).item())
 
     def draw_layer_norm(self, path: Path) -> None:
         """Draw how the tokens' values are spread before and after LayerNorm, and γ and β."""
@@ -298,7 +303,7 @@ class Pictures:
         (z,) = self.inputs_of(norm)
         normed = F.layer_norm(z, z.shape[1:], eps=norm.eps)
         titles = "$z_0$", r"$(z_0 - \mu) / \sigma$", r"$\gamma \cdot$ that $+ \beta$"
-        with picture(path, 3.2, 3, formulas=True) as row:
+        with picture(path, 3.2, 3, formulas=True, sharey=True) as row:
             for axes, title, x in zip(row, titles, (z, normed, norm(z).detach()), strict=True):
                 axes.hist(x.flatten().numpy(), bins=60, range=(-4, 4))
                 mean, deviation = x.mean(1).mean().item(), x.std(1, correction=0).mean().item()
@@ -327,7 +332,8 @@ class Pictures:
             line = torch.linspace(min(-4, hidden.min().item()), max(3, hidden.max().item()), 200)
             axes["curve"].plot(line, F.gelu(line), color=GREY, linewidth=1)
             axes["curve"].plot(hidden, active, ".", color="C1")
-            axes["curve"].set(title="GELU", xlabel="before", yticks=[0, 2], xticks=[-3, 0, 3])
+            axes["curve"].set(title="GELU", xlabel="before", ylabel="after")
+            axes["curve"].set(yticks=[0, 2], xticks=[-3, 0, 3])
             axes["curve"].spines[["top", "right"]].set_visible(False)
 
     def draw_scores(self, path: Path) -> None:
@@ -340,7 +346,7 @@ class Pictures:
         labels = block_labels(self.vit.blocks[0])
         parts = [r"$z_{\ell-1}$", *labels[:2], "+", *labels[2:], "+", r"$z_\ell$"]
         places = 0, 1.4, 3.2, 4.55, 5.9, 7.9, 9.35, 10.2
-        with picture(path, 2.2, formulas=True) as axes:
+        with picture(path, 2.4, formulas=True) as axes:
             arrow = dict(arrowstyle="->", color="C1", linewidth=2, shrinkA=0, shrinkB=12)
             arrow |= dict(connectionstyle="bar,fraction=-0.22")
             for start, end in (0.45, 4.55), (5.0, 9.35):  # the residuals, each over two parts
@@ -350,7 +356,8 @@ class Pictures:
                 box = dict(boxstyle="round", facecolor="#DCEAF4", edgecolor=GREY)
                 center = dict(ha="center", va="center", color="black", linespacing=1.3)
                 axes.text(place, 0, part, bbox=box, **center)
-            axes.set(xlim=(-0.4, 10.6), ylim=(-0.6, 1))
+            axes.text(5, -0.75, "the last line of a box: its parameters", ha="center")
+            axes.set(xlim=(-0.4, 10.6), ylim=(-0.8, 1))
             axes.axis("off")
 
     def draw_attention(self, path: Path) -> None:
@@ -382,7 +389,7 @@ class Pictures:
             for row, number in enumerate(keys, 1):
                 axes[f"score {row}"].text(0.5, 0.4, f"{scores[last + number]:.2f}", **place)
                 weight = A[0, last + query, last + number].item()
-                axes[f"weight {row}"].barh([0], [weight], height=0.5, color="C1")
+                axes[f"weight {row}"].barh([0], [weight], height=0.5)
                 axes[f"weight {row}"].set(xlim=(0, 1), ylim=(-1, 1))
                 axes[f"weight {row}"].text(weight + 0.05, 0, f"{weight:.2f}", va="center")
                 _bars(axes[f"value {row}"], v[0, last + number])
@@ -398,8 +405,8 @@ class Pictures:
                 axes[f"head {i + 1}"].set(xlabel="looked at", ylabel="looks")
             _show(axes["look"], self.image)
             axes["look"].set_title(f"where patch {query + 1} looks")
-            axes["look"].set_xlabel("orange: head 1; blue: 2")
-            for i, color in enumerate(("C1", "C0")):
+            axes["look"].set_xlabel("blue: head 1; orange: 2")
+            for i, color in enumerate(("C0", "C1")):
                 for number, weight in enumerate(A[i, last + query, last:].tolist()):
                     points = []
                     for n in number, query:  # their centres, those of the two heads side by side
@@ -467,14 +474,14 @@ class Pictures:
             ):
                 millions = sum(p.numel() for p in classifier.parameters()) / 1e6
                 patch, accuracy = config.model["patch_size"], saved["test"]["accuracy"]
-                ours[patch] = ("C1", "right", -8, f"ours, patch {patch}", patch, millions, accuracy)
+                ours[patch] = ("C1", "right", -8, "ours", patch, millions, accuracy)
             points += ours.values()  # the best of each patch size
             for color, side, shift, name, patch, *place in points:
                 axes.plot(*place, "s" if patch == 8 else "o", color=color)
                 text, style = f"{name}: {place[1]:.1f}", dict(va="center", ha=side, color=color)
                 axes.annotate(text, place, (shift, 0), **OFFSET, **style)
             axes.set_title("squares: patch 8; dots: patch 4")
-            axes.set(xlabel="parameters (millions)", ylabel="test accuracy (%)", xlim=(-1.5, 5.9))
+            axes.set(xlabel="parameters (millions)", ylabel="test accuracy (%)", xlim=(0, 5))
             axes.set_xticks(range(6))
             axes.spines[["top", "right"]].set_visible(False)
 
@@ -487,10 +494,9 @@ class Pictures:
     def draw_position_similarity(self, path: Path) -> None:
         """Compare the embedding of each position with all (Fig. 7 centre, 10)."""
         maps = position_similarity(self.vit4.positions.embedding.weight.detach())
-        light = 255 * (maps - maps.min()) / (1 - maps.min())
-        images = torch.stack([light, light, 255 - light], 1).to(torch.uint8)
         title = f"cosine similarity: blue {maps.min():.2f}, yellow 1"
-        _mosaic(path, 4.7, title, images, maps.shape[1])
+        light = (maps - maps.min()) / (1 - maps.min())
+        _mosaic(path, 4.7, title, _blue_to_yellow(light), maps.shape[1])
 
     def draw_attention_distance(self, path: Path) -> None:
         """Draw how far each head looks, by block (Fig. 7 right, 11)."""
@@ -508,12 +514,16 @@ class Pictures:
 
     def draw_rollout(self, path: Path) -> None:
         """Show what the head's input takes from each patch of some images (Fig. 6, 14)."""
-        images = [self.sample(label) for label in range(len(self.classes))]
-        weights = analysis.attention_weights(self.classifier4, torch.stack(images))
+        images = torch.stack([self.sample(label) for label in range(len(self.classes))])
+        weights = analysis.attention_weights(self.classifier4, images)
         maps = analysis.received(analysis.rollout(weights))
-        images += [shade(image, light) for image, light in zip(images, maps, strict=True)]
-        title = "above: the image; below: its patches, darkened by rollout"
-        _mosaic(path, 2.6, title, torch.stack(images), len(self.classes))
+        side = math.isqrt(maps.shape[1])
+        maps = maps[:, -(side**2) :]  # without a class token
+        low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
+        light = ((maps - low) / (high - low)).unflatten(1, (1, side, side))
+        light = F.interpolate(light, images.shape[2:])[:, 0]  # each patch as large as it is
+        title = "above: the image; below: what is taken of each patch, from blue to yellow"
+        _mosaic(path, 2.6, title, torch.cat([images, _blue_to_yellow(light)]), len(images))
 
 
 NAMES = [*RESULT_PICTURES] + [name[5:] for name in vars(Pictures) if name.startswith("draw_")]
