@@ -131,31 +131,25 @@ def main(argv: list[str]) -> None:
     for name in "checkpoint", "images", "figures", "export":
         if args[name]:
             args[name] = os.path.expanduser(args[name])
-    try:
-        if args.export:
-            size = export(args.checkpoint, Path(args.export))
-            say(f"{args.export}: {size:,} bytes")
-            return
-        classifier, config, saved = load_classifier(args.checkpoint)
-        precision = args.precision or config.train.precision
-        device, classifier.precision = pick_device(args.device, precision)
-        classifier.to(device)
-        if args.figures:
-            Path(args.figures).mkdir(parents=True, exist_ok=True)
-        result = (classify if args.images else evaluate)(args, classifier, config, saved)
-    except OSError as error:
-        where = error.filename or args.export or args.figures  # a full disk names no file
-        raise InputError(f"{where}: {error.strerror or error}") from None
+    if args.export:
+        size = export(args.checkpoint, Path(args.export))
+        say(f"{args.export}: {size:,} bytes")
+        return
+    classifier, config, saved = load_classifier(args.checkpoint)
+    precision = args.precision or config.train.precision
+    device, classifier.precision = pick_device(args.device, precision)
+    classifier.to(device)
+    if args.figures:
+        Path(args.figures).mkdir(parents=True, exist_ok=True)
+    result = (classify if args.images else evaluate)(args, classifier, config, saved)
     if args.json:
         say(json.dumps(result))
     elif not args.images:
         say(report(result, args.split))
     else:
         for file, likely in result.items():
-            for line in (file, *(f"{100 * p:>10.2f} %  {name}" for name, p in likely.items())):
-                say(line)
-    if args.images and not all(result.values()):
-        bad = sum(not likely for likely in result.values())
+            say("\n".join([file, *(f"{100 * p:>10.2f} %  {name}" for name, p in likely.items())]))
+    if args.images and (bad := sum(not likely for likely in result.values())):
         raise Stopped(f"{bad} of {len(result)} files could not be read")
 
 

@@ -24,11 +24,7 @@ from vit.step import pick_device, prepare, seed_step, use_deterministic_kernels
 
 
 def training_step(
-    state: TrainState,
-    images: Tensor,
-    labels: Tensor,
-    recipe: TrainConfig,
-    teacher: Classifier | None = None,
+    state: TrainState, images: Tensor, labels: Tensor, recipe: TrainConfig, teacher=None
 ) -> None:
     """Change the weights once. Nothing here waits for the device, so it can be captured.
 
@@ -60,7 +56,8 @@ def train(config: Config, device: torch.device, run: Run) -> None:
     if recipe.init_from and not run.saved:
         seen_before = load_pretrained(model, recipe.init_from)
     if recipe.teacher:
-        teacher, _, seen = load_classifier(recipe.teacher, recipe.precision)
+        teacher, _, seen = load_classifier(recipe.teacher)
+        teacher.precision = recipe.precision
         teacher.to(device).eval().requires_grad_(False)
 
     # Three splits of uint8 images; only training images are augmented.
@@ -116,6 +113,7 @@ def main(argv: list[str]) -> None:
     device, precision = pick_device(config.train.device, config.train.precision)
     config = replace(config, train=replace(config.train, precision=precision))
     with processes(device), Run(folder, config, saved) as run:
+        run.take_folder()  # before anything slow is done
         train(config, device, run)
 
 

@@ -134,6 +134,13 @@ def _flow(path: Path, height: float, steps: list[str | tuple], top: float | None
             axes.set_xlabel(text)
 
 
+def _table(axes, layout: list[list[str]], **ratios: list[float]) -> dict:
+    """Return the axes of a table of names, which take the place of others."""
+    figure = axes.figure
+    axes.remove()
+    return figure.subplot_mosaic(layout, **ratios)
+
+
 def _grid(images: Tensor, columns: int, gap: int = 1) -> Tensor:
     """Lay out images row by row. Shapes: (n, 3, H, W) → (3, rows·(H + gap) + gap, …)."""
     return make_grid(images, columns, padding=gap, pad_value=255)
@@ -320,7 +327,8 @@ class Pictures:
         out = mlp[3](active).detach()
         layout = [["x", "W1", "hidden", "curve", "W2", "out"]]
         ratios = dict(width_ratios=[1.4, 0.45, 1.4, 1.5, 0.45, 1.4])
-        with picture(path, 2.7, layout, formulas=True, **ratios) as axes:
+        with picture(path, 2.7, formulas=True) as axes:
+            axes = _table(axes, layout, **ratios)
             for name, values in dict(x=x, hidden=hidden, out=out).items():
                 _bars(axes[name], values)
                 axes[name].set_xlabel(f"{len(values)} numbers")
@@ -375,7 +383,8 @@ class Pictures:
         layout = [[f"{name} {row}" for name in names] for row in range(5)]
         layout += [["head 1", "head 1", "head 2", "head 2", "look"]]
         ratios = dict(width_ratios=[0.8, 2, 1.3, 1.3, 2.3], height_ratios=[1] * 5 + [3.6])
-        with picture(path, 8.4, layout, formulas=True, **ratios) as axes:
+        with picture(path, 8.4, formulas=True) as axes:
+            axes = _table(axes, layout, **ratios)
             for name in (name for row in layout[:5] for name in row):
                 axes[name].axis("off")
             for row, number in enumerate([query, *keys]):

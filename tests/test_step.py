@@ -74,6 +74,13 @@ def test_auto_is_the_fastest_device_and_the_precision_it_has_instructions_for(ma
             pick_device(missing, "auto")
 
 
+def test_more_processes_than_gpus_are_refused_by_each_of_them(machine, monkeypatch):
+    machine("cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 processes on 1 CUDA devices"):
+        pick_device("auto", "auto")
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 def test_freed_memory_stays_with_the_process():
     code = """

@@ -6,7 +6,6 @@ N + 1 with a class token, which is never a square; hence N = isqrt(S)².
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +21,10 @@ def inputs_of(modules: Sequence[nn.Module], classifier: Classifier, images: Tens
     """
     inputs, before = [], (classifier.training, classifier.precision)
     classifier.precision = "float32"
-    with ExitStack() as hooks:
-        for module in modules:
-            hook = module.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
-            hooks.enter_context(hook)
-        classifier.eval()(images)
+    hooks = [m.register_forward_pre_hook(lambda _, x: inputs.append(x[0])) for m in modules]
+    classifier.eval()(images)
+    for hook in hooks:
+        hook.remove()
     was_training, classifier.precision = before
     classifier.train(was_training)
     return inputs

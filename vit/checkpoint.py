@@ -1,6 +1,5 @@
 """What training changes, and files of it that are either whole or not there."""
 
-import dataclasses
 import io
 import math
 import os
@@ -26,8 +25,7 @@ WEIGHTS_PARTS = {"config": dict, "classes": list, "fingerprint": str, "classifie
 NUMBERS = {"step": int, "seconds": float, "history": list, "test": dict | None}
 COLUMNS = ["epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate"]  # of metrics.csv
 COLUMNS += ["images_per_second", "seconds"]
-RUN_PARTS = WEIGHTS_PARTS | NUMBERS
-RUN_PARTS |= {"optimizers": list, "loss_sum": Tensor, "teacher": str}
+RUN_PARTS = WEIGHTS_PARTS | NUMBERS | {"optimizers": list, "loss_sum": Tensor, "teacher": str}
 
 
 class TrainState:
@@ -90,6 +88,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # the rename itself reaches the disk with its folder
@@ -131,48 +132,37 @@ def read_verified(path: Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # zipfile and torch raise almost anything for a damaged file
-        fault = str(error) or type(error).__name__
-        raise InputError(f"{path}: cannot be read as a checkpoint: {fault:.200}") from None
+        reason, previous = str(error) or type(error).__name__, path.with_name(PREVIOUS)
+        fault = f"{path}: cannot be read as a checkpoint: {reason:.200}"
+        if path.name == NAME and previous.is_file():
+            fault += f"; the one before it is {previous}: rename it to {NAME} to go on from there"
+        raise InputError(fault) from None
 
 
 def load(path: Path, parts: dict[str, Any] = RUN_PARTS) -> dict[str, Any]:
     """Read a checkpoint and check its parts' types. Raises InputError, naming the file."""
-    try:
-        saved = read_verified(path)
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-            raise InputError(f"{path}: of another program, or of another version of this one")
-        for name, kind in parts.items():
-            if name not in saved or not isinstance(saved[name], kind):
-                raise InputError(f"{path}: its part {name!r} is missing or of another type")
-        rows = saved["history"] if "history" in parts else []
-        is_table = all(
-            isinstance(row, dict)
-            and [*row] == COLUMNS
-            and all(isinstance(value, int | float | None) for value in row.values())
-            for row in rows
-        )
-        if not is_table or not all(isinstance(name, str) for name in saved["classes"]):
-            raise InputError(f"{path}: its history or its classes are of another type")
-        return saved
-    except InputError as error:
-        previous = path.with_name(PREVIOUS)
-        if path.name == NAME and path.exists() and previous.is_file():
-            advice = f"the one before it is {previous}: rename it to {NAME} to go on from there"
-            raise InputError(f"{error}; {advice}") from None
-        raise
+    saved = read_verified(path)
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise InputError(f"{path}: of another program, or of another version of this one")
+    for name, kind in parts.items():
+        if name not in saved or not isinstance(saved[name], kind):
+            raise InputError(f"{path}: its part {name!r} is missing or of another type")
+    rows = saved["history"] if "history" in parts else []
+    is_table = all(isinstance(row, dict) and [*row] == COLUMNS for row in rows)
+    values = (value for row in rows for value in row.values())
+    if not is_table or not all(isinstance(value, int | float | None) for value in values):
+        raise InputError(f"{path}: its history is of another type")
+    if not all(isinstance(name, str) for name in saved["classes"]):
+        raise InputError(f"{path}: its classes are of another type")
+    return saved
 
 
-def load_classifier(
-    path: str | Path, precision: str = "float32"
-) -> tuple[Classifier, Config, dict[str, Any]]:
-    """Return the classifier of a checkpoint, its configuration and the whole file.
-
-    Raises InputError, naming the file.
-    """
+def load_classifier(path: str | Path) -> tuple[Classifier, Config, dict[str, Any]]:
+    """Return the classifier of a checkpoint, in float32, its configuration and the whole file."""
     saved = load(Path(path), WEIGHTS_PARTS)
     try:
         config = Config.from_dict(saved["config"])
-        classifier = Classifier(make_model(**config.model), [0.0] * 3, [1.0] * 3, precision)
+        classifier = Classifier(make_model(**config.model), [0.0] * 3, [1.0] * 3)
         classifier.load_state_dict(saved["classifier"])  # mean and std too
     except (InputError, RuntimeError) as error:
         raise InputError(f"{path}: its parts do not fit each other: {error!s:.200}") from None
@@ -180,13 +170,10 @@ def load_classifier(
 
 
 def export(source: str | Path, target: Path) -> int:
-    """Write the weights of a checkpoint, without what only training needs; return the bytes.
-
-    Raises InputError where `target` exists, OSError where it cannot be written.
-    """
+    """Write the weights alone of a checkpoint to a new file, and return its bytes."""
     _, config, saved = load_classifier(source)
-    data = dataclasses.replace(config.data, root="data")  # not a path of this machine
-    saved["config"] = dataclasses.replace(config, data=data).to_dict()
+    saved["config"] = config.to_dict()
+    saved["config"]["data"]["root"] = "data"  # not a path of this machine
     if target.exists():
         raise InputError(f"--export {target}: exists already")
     content = to_bytes({name: saved[name] for name in (*WEIGHTS_PARTS, "test") if name in saved})

@@ -144,18 +144,22 @@ class Config:
     @staticmethod
     def from_dict(sections: dict) -> "Config":
         """Check nested dictionaries and add defaults. Raises InputError, naming the key."""
-        _check_sections(sections)
+        for section, values in sections.items():
+            if not isinstance(values, dict):
+                raise InputError(f"{section}: expected keys and values, got {values}")
+            for key, value in values.items():
+                if value is None:
+                    raise InputError(f"{section}.{key}: null is not a value")
         try:  # through JSON, since its range types are subclasses, which a checkpoint cannot hold
             parser = config_parser()
             parsed = json.loads(parser.dump(parser.parse_object(sections), format="json"))
         except ArgumentError as error:
             raise InputError(error) from None
-        model, data, train = (parsed[section] for section in SECTIONS)
         for section, key in PATHS:
             parsed[section][key] = os.path.expanduser(parsed[section][key])
-        _check_model(model)
+        model, data, train = (parsed[section] for section in SECTIONS)
         config = Config(model, DataConfig(**data), TrainConfig(**train))
-        _check_contradictions(config)
+        _check(config)
         return config
 
     to_dict = dataclasses.asdict  # the nested dictionaries that `from_dict` reads
@@ -165,28 +169,30 @@ class Config:
         return config_parser().dump(config_parser().parse_object(self.to_dict()))
 
 
-def _check_sections(sections: dict) -> None:
-    for section, values in sections.items():
-        if not isinstance(values, dict):
-            raise InputError(f"{section}: expected keys and values, got {values}")
-        for key, value in values.items():
-            if value is None:
-                raise InputError(f"{section}.{key}: null is not a value")
-
-
-def _check_model(model: dict[str, Any]) -> None:
-    for key, value in model.items():
-        if type(value) is int and value < 1:
-            raise InputError(f"model.{key} {value} is not positive")
+def _check(config: Config) -> None:
+    model, data, train = config.model, config.data, config.train
+    is_convnet, is_muon = model["name"] == "convnet", train.optimizer == "muon"
     for key, default in VIT_DEFAULTS.items():
-        if model["name"] == "convnet" and key not in CONVNET_KEYS and model[key] != default:
+        if type(model[key]) is int and model[key] < 1:
+            raise InputError(f"model.{key} {model[key]} is not positive")
+        if is_convnet and key not in CONVNET_KEYS and model[key] != default:
             raise InputError(f"model.{key} is not a key of model.name convnet")
-    if model["num_classes"] < 2:
-        raise InputError("model.num_classes 1 leaves nothing to choose")
-    if not 0 <= model["drop_rate"] < 1:  # not nan either
-        raise InputError(f"model.drop_rate {model['drop_rate']} is outside [0, 1)")
-    if not 0 < model["norm_eps"] < 1:
-        raise InputError(f"model.norm_eps {model['norm_eps']} is outside (0, 1)")
+    size, left = model["image_size"], train.batch_size % train.accumulation_steps
+    has_rate = train.muon_learning_rate > 0
+    faults = {
+        "model.num_classes 1 leaves nothing to choose": model["num_classes"] < 2,
+        "model.drop_rate is outside [0, 1)": not 0 <= model["drop_rate"] < 1,  # or nan
+        "model.norm_eps is outside (0, 1)": not 0 < model["norm_eps"] < 1,
+        "data.image_size is more than model.image_size": data.image_size > size,
+        "train.cutout is more than the image's size": train.cutout > (data.image_size or size),
+        "train.accumulation_steps does not divide train.batch_size": left > 0,
+        "train.muon_learning_rate is above 0 with train.optimizer muon alone": is_muon != has_rate,
+        "train.optimizer muon needs the blocks of model.name vit": is_convnet and is_muon,
+        "train.init_from holds weights of model.name vit": is_convnet and train.init_from,
+    }
+    for fault, is_there in faults.items():
+        if is_there:
+            raise InputError(fault)
     try:
         with torch.device("meta"):  # no memory, no time: only the checks of the model itself
             make_model(**model)
@@ -194,23 +200,6 @@ def _check_model(model: dict[str, Any]) -> None:
         raise InputError(f"model.{error}") from None
     except (RuntimeError, TypeError):  # torch's own, for sizes beyond what it can count
         raise InputError("model: a model of this size cannot be built") from None
-
-
-def _check_contradictions(config: Config) -> None:
-    data, train = config.data, config.train
-    if data.image_size > config.model["image_size"]:
-        raise InputError("data.image_size is more than model.image_size")
-    if train.cutout > (data.image_size or config.model["image_size"]):
-        raise InputError("train.cutout is more than the image's size")
-    if train.batch_size % train.accumulation_steps:
-        raise InputError("train.accumulation_steps does not divide train.batch_size")
-    if (train.optimizer == "muon") != (train.muon_learning_rate > 0):
-        raise InputError("train.muon_learning_rate is above 0 with train.optimizer muon alone")
-    if config.model["name"] == "convnet":
-        if train.optimizer == "muon":
-            raise InputError("train.optimizer muon needs the blocks of model.name vit")
-        if train.init_from:
-            raise InputError("train.init_from holds weights of model.name vit")
 
 
 @functools.cache  # reading the docstrings takes a tenth of a second
@@ -248,8 +237,7 @@ def read_config(flags: dict[str, Any]) -> Config:
     if not file.is_file():
         raise InputError(f"--config {file}: no such file")
     try:
-        text = file.read_bytes().decode("utf-8")
-        sections = config_parser().parse_string(text, defaults=False).as_dict()
+        sections = config_parser().parse_string(file.read_text("utf-8"), defaults=False).as_dict()
     except (ArgumentError, ValueError, TypeError, RecursionError) as error:  # of the YAML
         raise InputError(f"{file}: {error}") from None
     try:

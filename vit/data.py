@@ -95,8 +95,6 @@ def load_dataset(config: DataConfig, image_size: int, num_classes: int) -> Datas
     if faults:  # of all folders, so that one try names them
         raise InputError("; ".join(faults))
     train, val, test = parts["train"], parts["val"], parts["test"]
-    if train is None:
-        raise InputError(f"{config.root}/train: no such folder")
     if len(train.labels.unique()) < len(classes):
         raise InputError(f"{config.root}/train: a class has no image")
     if val:
@@ -149,9 +147,8 @@ def hold_out(split: Split, config: DataConfig) -> tuple[Split, Split]:
         raise InputError(f"data.val_fraction {config.val_fraction} of {count} images: none or all")
     for columns in split.images.view(count, -1).chunk(16, dim=1):  # less memory than all at once
         columns.copy_(columns[order])
-    labels = split.labels[order]
-    parts = slice(held_out, None), slice(held_out)
-    return tuple(Split(split.images[part], labels[part]) for part in parts)
+    images, labels = split.images, split.labels[order]
+    return Split(images[held_out:], labels[held_out:]), Split(images[:held_out], labels[:held_out])
 
 
 def mean_and_std(images: Tensor) -> tuple[list[float], list[float]]:
@@ -171,19 +168,9 @@ def _cifar10(root: str, is_train: bool) -> tuple[Split, list[str]]:
     """Return a part of CIFAR-10 and the names of its classes; it is downloaded if need be."""
     from torchvision.datasets import CIFAR10  # here, since importing torchvision takes a second
 
-    entries, images, labels = CIFAR10.train_list if is_train else CIFAR10.test_list, None, []
     try:
         with rank_0_first():
-            for i, entry in enumerate(entries):  # one file at a time: less memory
-                alone = dict(train_list=[entry], test_list=[])
-                part = type("File", (CIFAR10,), alone)(root, download=True)
-                pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2)
-                if images is None:
-                    images = torch.empty(len(entries) * len(pixels), 3, 32, 32, dtype=torch.uint8)
-                images[i * len(pixels) : (i + 1) * len(pixels)] = pixels
-                labels += part.targets
-                classes = part.classes
-                del part, pixels  # before the next file is read
+            part = CIFAR10(root, is_train, download=True)
     except (OSError, RuntimeError, EOFError, HTTPException) as error:  # network, disk, archive
         fault = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
@@ -191,4 +178,5 @@ def _cifar10(root: str, is_train: bool) -> tuple[Split, list[str]]:
             f"{CIFAR10.tgz_md5}) into {root} and remove {Path(root, CIFAR10.base_folder)}; without "
             "a download: --data.name image_folder --data.root DIR, or --config configs/shapes.yaml"
         ) from None
-    return Split(images, torch.tensor(labels)), classes
+    images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+    return Split(images, torch.tensor(part.targets)), part.classes

@@ -6,7 +6,8 @@ import io
 import os
 import sys
 
-NO_MEMORY = "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED"
+# In the errors of Python and CUDA, of MPS, of torch's two allocators for CPUs, of cuDNN.
+NO_MEMORY = "MemoryError", "out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED"
 
 
 class InputError(ValueError):
@@ -22,13 +23,6 @@ class Stopped(Exception):
     def __init__(self, message: str, code: int = 1):
         super().__init__(message)
         self.code = code
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Say whether memory was short. The allocators of CPUs, MPS and cuDNN raise RuntimeError."""
-    if isinstance(error, RuntimeError):
-        return any(words in str(error) for words in NO_MEMORY)
-    return isinstance(error, MemoryError)
 
 
 def printable(text: object) -> str:
@@ -64,13 +58,16 @@ def one_line_errors(script: str):
             except (InputError, Stopped) as error:
                 line, code = error, getattr(error, "code", 2)
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
+                if not any(words in repr(error) for words in NO_MEMORY):
                     raise
                 line, code = "out of memory: raise train.accumulation_steps or lower the batch", 1
+            except OSError as error:
+                if error.filename is None:  # nothing that the user named
+                    raise
+                line, code = f"{error.filename}: {error.strerror}", 2
             except KeyboardInterrupt:
                 line, code = "stopped by SIGINT", 130
-            if getattr(line, "speaks", os.environ.get("RANK", "0") == "0"):  # one of several does
-                say(f"{script}: {line}", sys.stderr)
+            say(f"{script}: {line}", sys.stderr)
             return code
 
         return wrapper

@@ -27,11 +27,8 @@ class Unreadable(InputError):
 def find_images(folder: Path) -> tuple[list[Path], Counter]:
     """Return the images in a folder and its subfolders, each once, and the endings of the others.
 
-    Links to files are followed, links to folders are not: they may lead to a folder above. Raises
-    InputError where there is no such folder.
+    Links to files are followed, links to folders are not: they may lead to a folder above.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
     found, left_out, real_folder = {}, Counter(), folder.resolve()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
@@ -52,9 +49,7 @@ def say_left_out(folder: Path, left_out: Counter) -> None:
 
 
 def class_names(folder: Path) -> list[str]:
-    """Return the names of the subfolders, without hidden ones. Raises InputError."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
+    """Return the names of the subfolders, without hidden ones. Raises InputError or OSError."""
     names = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
     if not names:
         raise InputError(f"{folder}: no subfolder, of which each would be a class")
@@ -132,8 +127,7 @@ def _to_square_rgb(image: Image.Image, size: int) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image if image.mode == "RGB" else image.convert("RGB")
-    return image if image.size == (size, size) else ImageOps.fit(image, (size, size))
+    return ImageOps.fit(image.convert("RGB"), (size, size))
 
 
 def to_8_bits(values: np.ndarray) -> np.ndarray:

@@ -173,7 +173,8 @@ def _table_1(patch_size, num_blocks, embedding_dim, mlp_dim, num_heads) -> dict:
     return sizes | dict(drop_rate=0.0, norm_eps=1e-6, pool="class_token", final_norm=True)
 
 
-# Table 1 of the paper, at 224 px and with ImageNet's 1000 classes. Dropout is not part of it.
+# Table 1's models with Table 5's patch sizes, at 224 px and for ImageNet's 1000 classes; dropout is
+# not part of them.
 PAPER = {
     #                    P   L     D   MLP   k
     "ViT-B/16": _table_1(16, 12, 768, 3072, 12),

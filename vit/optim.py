@@ -50,25 +50,19 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 def make_optimizers(model: nn.Module, recipe: TrainConfig) -> list[Optimizer]:
     """Return the recipe's optimisers; "muon" is Muon for the blocks' matrices, AdamW for others."""
-    parameters = list(model.parameters())
+    parameters, optimizers = list(model.parameters()), []
+    if recipe.optimizer == "muon":
+        matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+        parameters = [p for p in parameters if all(p is not matrix for matrix in matrices)]
+        defaults = dict(weight_decay=recipe.weight_decay, momentum=0.95)
+        optimizers = [Muon(_group(matrices, recipe.muon_learning_rate), defaults)]
+    group = _group(parameters, recipe.learning_rate)
     options = dict(weight_decay=recipe.weight_decay, fused=True)
+    if recipe.optimizer == "sgd":
+        return [SGD(group, momentum=0.9, **options)]
+    kind = Adam if recipe.optimizer == "adam" else AdamW
     # Adam's step number on the device too, so that a CUDA graph can count it.
-    adam = options | dict(capturable=parameters[0].is_cuda)
-    match recipe.optimizer:
-        case "sgd":
-            return [SGD(_group(parameters, recipe.learning_rate), momentum=0.9, **options)]
-        case "adam":
-            return [Adam(_group(parameters, recipe.learning_rate), **adam)]
-        case "adamw":
-            return [AdamW(_group(parameters, recipe.learning_rate), **adam)]
-        case "muon":
-            matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-            others = [p for p in parameters if all(p is not matrix for matrix in matrices)]
-            defaults = dict(weight_decay=recipe.weight_decay, momentum=0.95)
-            return [
-                Muon(_group(matrices, recipe.muon_learning_rate), defaults),
-                AdamW(_group(others, recipe.learning_rate), **adam),
-            ]
+    return [*optimizers, kind(group, capturable=parameters[0].is_cuda, **options)]
 
 
 def _group(parameters: list[Tensor], rate: float) -> list[dict]:
@@ -83,13 +77,8 @@ def learning_rate_factor(step: int, total_steps: int, recipe: TrainConfig) -> fl
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / (total_steps - warmup)
-    match recipe.schedule:
-        case "constant":
-            return 1.0
-        case "linear":
-            return 1 - done
-        case "cosine":
-            return 0.5 * (1 + math.cos(math.pi * done))
+    factors = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return factors[recipe.schedule]
 
 
 def set_learning_rates(optimizers: list[Optimizer], factor: float) -> None:

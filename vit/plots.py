@@ -32,16 +32,11 @@ COLORS = "#2384CF", "#D55E00", "#009E73", "#CC79A7"
 
 @contextlib.contextmanager
 def picture(
-    path: Path,
-    height: float,
-    layout: int | list[list[str]] = 1,
-    formulas: bool = False,
-    **ratios: list[float],
+    path: Path, height: float, columns: int = 1, formulas: bool = False, **options
 ) -> Iterator:
-    """Yield the axes of a picture of a height in inches, then write it whole.
+    """Yield the axes, side by side, of a picture of a height in inches, then write it whole.
 
-    They are side by side or, by name, laid out as a table of names. Without `formulas`, names are
-    drawn as they are, whatever signs they hold.
+    Without `formulas`, names are drawn as they are, whatever signs they hold.
     """
     from matplotlib import cycler, rc_context
     from matplotlib.figure import Figure
@@ -50,10 +45,7 @@ def picture(
     with rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # drawn as boxes
         figure = Figure(figsize=(10, min(height, 40)), dpi=120, layout="constrained")
-        if isinstance(layout, int):
-            yield figure.subplots(1, layout, **ratios)
-        else:
-            yield figure.subplot_mosaic(layout, **ratios)
+        yield figure.subplots(1, columns, **options)
         content = io.BytesIO()
         figure.savefig(content, format="png")
     write_atomically(path, content.getvalue())

@@ -23,8 +23,8 @@ from vit import checkpoint
 from vit.checkpoint import TrainState, write_atomically
 from vit.config import Config, read_config, resumed_config
 from vit.data import Batches, Dataset
-from vit.distributed import RANK, WORLD_SIZE, another_process_ended, rank_0_first
-from vit.errors import InputError, Stopped, is_out_of_memory, say, say_once
+from vit.distributed import RANK, WORLD_SIZE, another_process_ended
+from vit.errors import InputError, Stopped, say
 from vit.plots import plot_runs
 
 try:
@@ -40,12 +40,9 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 
 def read_run(flags: dict[str, Any]) -> tuple[Path, Config, dict[str, Any] | None]:
     """Return the folder of train.py's flags, its configuration and the checkpoint to go on with."""
-    resume = flags.get("resume")
-    if resume and resume != "auto":
-        folder = Path(resume).expanduser()
-    else:
-        name = Path(flags.get("config", "")).stem
-        folder = Path(flags.get("run_dir", Path("runs", name))).expanduser()
+    resume, name = flags.get("resume"), Path(flags.get("config", "")).stem
+    folder = flags.get("run_dir", Path("runs", name)) if resume in (None, "auto") else resume
+    folder = Path(folder).expanduser()
     if resume and (resume != "auto" or (folder / checkpoint.NAME).exists()):
         saved = checkpoint.load(folder / checkpoint.NAME)
         config = resumed_config(flags, saved["config"])
@@ -68,34 +65,20 @@ class Run(contextlib.ExitStack):
         self.path = folder / checkpoint.NAME
         self.go_on = f"go on with: python train.py --resume {shlex.quote(str(folder))}"
         self.stopped, self.unsaved = None, ""  # by a signal; why the last save failed
-        self.steps, self.is_made = 0, False  # of this process; the folder, by it
-
-    def __enter__(self) -> "Run":
-        """Take the folder before anything slow is done. Raises InputError."""
-        try:
-            with rank_0_first():
-                if RANK == 0:
-                    self.take_folder()
-        except InputError:
-            super().__exit__(None, None, None)  # lets go of the lock, and leaves the folder alone
-            raise
-        return self
+        self.steps = 0  # of this process
 
     def take_folder(self) -> None:
         """Make a new run's folder, or take one without a run, and keep other processes out."""
-        try:
-            self.is_made = not self.folder.exists()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK):
-                raise InputError(f"{self.folder}: cannot be written to")
-            self.lock()
-            names = {file.name for file in self.folder.iterdir() if file.suffix != ".tmp"}
-        except OSError as error:
-            raise InputError(f"{self.folder}: cannot be used: {error.strerror}") from None
+        if RANK:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.folder, os.W_OK):
+            raise InputError(f"{self.folder}: cannot be written to")
+        self.lock()
+        names = {file.name for file in self.folder.iterdir() if file.suffix != ".tmp"}
         if self.saved is None and names - OURS:
-            raise InputError(
-                f"{self.folder} exists already: --resume {self.folder}, or another --run_dir"
-            )
+            raise InputError(f"{self.folder} exists: --resume {self.folder}, or another --run_dir")
+        self.callback(self.leave_nothing)
 
     def lock(self) -> None:
         """Keep other processes out of the folder; the kernel lets go even after kill -9."""
@@ -107,9 +90,8 @@ class Run(contextlib.ExitStack):
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{self.folder}: another process is working in it") from None
-        except OSError as error:
-            fault = f"this file system has no locks ({error.strerror})"
-            say_once(f"{self.folder}: {fault}: start no second process in it", sys.stderr)
+        except OSError:
+            say(f"{self.folder}: has no locks: start no second process in it", sys.stderr)
 
     def begin(self, state: TrainState, data: Dataset) -> None:
         """Watch for signals, then save the first state or take up the saved one."""
@@ -201,9 +183,7 @@ class Run(contextlib.ExitStack):
         if RANK:
             return
         table = io.StringIO()
-        writer = csv.DictWriter(table, checkpoint.COLUMNS)
-        writer.writeheader()
-        writer.writerows(state.history)
+        csv.writer(table).writerows([checkpoint.COLUMNS, *(row.values() for row in state.history)])
         text = self.config.to_yaml().encode("utf-8", "surrogateescape")  # names as on the disk
         try:
             write_atomically(self.folder / "config.yaml", text)
@@ -235,9 +215,6 @@ class Run(contextlib.ExitStack):
         say(f"run folder     {self.folder}")
 
     def __exit__(self, kind, error, trace) -> None:
-        has_begun = self.path.exists() and not (is_out_of_memory(error) and self.steps == 0)
-        if RANK == 0 and self.saved is None and not has_begun:
-            self.leave_nothing()
         super().__exit__(kind, error, trace)  # releases the lock, restores the signals' handlers
         if self.unsaved and kind is None:
             raise Stopped(self.unsaved)
@@ -245,9 +222,9 @@ class Run(contextlib.ExitStack):
             raise Stopped(f"another process was lost; {self.go_on} ({error!s:.150})") from None
 
     def leave_nothing(self) -> None:
-        """Remove what this run has written, so that the same command can be given again."""
-        with contextlib.suppress(OSError):
-            for name in (*OURS, checkpoint.NAME):
-                (self.folder / name).unlink(missing_ok=True)
-            if self.is_made:
+        """Remove what a run without a step has written: the same command can be given again."""
+        if self.saved is None and self.steps == 0:
+            with contextlib.suppress(OSError):
+                for name in (*OURS, checkpoint.NAME):
+                    (self.folder / name).unlink(missing_ok=True)
                 self.folder.rmdir()

@@ -13,7 +13,6 @@ from numpy.random import SeedSequence
 from torch import Tensor
 
 from vit.checkpoint import TrainState
-from vit.classifier import Classifier
 from vit.config import TrainConfig
 from vit.distributed import LOCAL_RANK, RANK, WORLD_SIZE
 from vit.errors import InputError, say
@@ -30,9 +29,9 @@ def pick_device(name: str, precision: str) -> tuple[torch.device, str]:
     elif not found.get(name, True):
         raise InputError(f"device {name}: this machine, or this torch, has no such device")
     if name == "cuda":
-        count = torch.cuda.device_count()
-        if count <= LOCAL_RANK:
-            raise InputError(f"device cuda: {WORLD_SIZE} processes on {count} CUDA devices")
+        count, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if count < processes:
+            raise InputError(f"device cuda: {processes} processes on {count} CUDA devices")
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
         kind = torch.cuda.get_device_name()
@@ -73,9 +72,7 @@ def seed_step(seed: int, step: int, device: torch.device) -> None:
         getattr(torch, device.type).manual_seed(number)
 
 
-def prepare(
-    step: Callable, state: TrainState, recipe: TrainConfig, teacher: Classifier | None = None
-) -> Callable[[Tensor, Tensor, TrainConfig], None]:
+def prepare(step: Callable, state: TrainState, recipe: TrainConfig, teacher=None) -> Callable:
     """Return the step of images, labels and recipe, as it is executed. Raises InputError."""
     device = state.loss_sum.device
     if recipe.execution == "compiled":
@@ -102,14 +99,12 @@ class CapturedStep:
 
     def __init__(self, step: Callable[[Tensor, Tensor, TrainConfig], None]):
         self.step, self.recipe, self.eager_calls = step, None, 0
-        self.images = self.labels = self.graph = None
         self.stream = torch.cuda.Stream()
 
     def __call__(self, images: Tensor, labels: Tensor, recipe: TrainConfig) -> None:
         if recipe != self.recipe:
             # Eager calls make the optimisers' state and warm the kernels up, on a side stream.
             self.recipe, self.graph, self.eager_calls = recipe, None, 3
-        if self.images is None:
             self.images, self.labels = images.clone(), labels.clone()
         self.images.copy_(images)
         self.labels.copy_(labels)
