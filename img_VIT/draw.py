@@ -364,7 +364,7 @@ class Pictures:
                 box = dict(boxstyle="round", facecolor="#DCEAF4", edgecolor=GREY)
                 center = dict(ha="center", va="center", color="black", linespacing=1.3)
                 axes.text(place, 0, part, bbox=box, **center)
-            axes.text(5, -0.75, "the last line of a box: its parameters", ha="center")
+            axes.text(5, -0.75, "last line of each box: number of parameters", ha="center")
             axes.set(xlim=(-0.4, 10.6), ylim=(-0.8, 1))
             axes.axis("off")
 
@@ -411,7 +411,7 @@ class Pictures:
             for i in (0, 1):
                 axes[f"head {i + 1}"].imshow(A[i].numpy(), "PuOr", vmin=-A.max(), vmax=A.max())
                 axes[f"head {i + 1}"].set(xticks=[], yticks=[], title=f"head {i + 1}: $A$")
-                axes[f"head {i + 1}"].set(xlabel="looked at", ylabel="looks")
+                axes[f"head {i + 1}"].set(xlabel="key patch", ylabel="query patch")
             _show(axes["look"], self.image)
             axes["look"].set_title(f"where patch {query + 1} looks")
             axes["look"].set_xlabel("blue: head 1; orange: 2")
@@ -422,7 +422,7 @@ class Pictures:
                         x, y = n % self.side * p + (p - 1) / 2, n // self.side * p + (p - 1) / 2
                         points.append((x + 1.5 * i - 0.75, y))
                     arrow = dict(arrowstyle="-|>", color=color, lw=14 * weight, alpha=0.8)
-                    if number != query and weight > 0.02:
+                    if number != query and weight > 0.05:
                         axes["look"].annotate("", *points, arrowprops=arrow)
 
     def draw_curves(self, path: Path) -> None:
@@ -531,8 +531,8 @@ class Pictures:
         low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
         light = ((maps - low) / (high - low)).unflatten(1, (1, side, side))
         light = F.interpolate(light, images.shape[2:])[:, 0]  # each patch as large as it is
-        title = "above: the image; below: what is taken of each patch, from blue to yellow"
-        _mosaic(path, 2.6, title, torch.cat([images, _blue_to_yellow(light)]), len(images))
+        title = "above: the image; below: how much is taken from each patch (yellow: most)"
+        _mosaic(path, 2.2, title, torch.cat([images, _blue_to_yellow(light)]), len(images))
 
 
 NAMES = [*RESULT_PICTURES] + [name[5:] for name in vars(Pictures) if name.startswith("draw_")]

@@ -1,4 +1,4 @@
-"""The Vision Transformer, Section 3.1 of arXiv 2010.11929, in the order of its equations.
+"""The Vision Transformer, Section 3.1 and Appendix A of arXiv 2010.11929.
 
 Our argument names and the paper's symbols:
 

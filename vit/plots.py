@@ -22,8 +22,8 @@ from vit.classifier import Classifier
 from vit.evaluation import class_accuracy, confusion_matrix
 
 CURVES = {  # columns of metrics.csv
-    "train_loss": "training loss (nats)",
-    "val_loss": "validation loss (nats)",
+    "train_loss": "training loss",
+    "val_loss": "validation loss",
     "val_accuracy": "validation accuracy (%)",
 }
 # After Okabe and Ito: told apart by everybody, on white and on black.
