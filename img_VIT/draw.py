@@ -47,8 +47,8 @@ TICKS = [1, 3, 10, 30, 100, 300]  # minutes
 LEARNING = {  # runs of configs/results, and what they learn from
     "cifar10_adamw": "patch 8, the tutorial's recipe",
     "cifar10": "patch 8, labels",
-    "cifar10_record": "patch 8, teacher (trained before)",
-    "cifar10_patch4": "patch 4, labels",
+    "cifar10_patch4": "patch 4, the teacher",
+    "teacher": "the teacher",
 }
 
 ABLATIONS = {  # files of configs/results/ablations: 20 epochs of cifar10.yaml but for one thing
@@ -542,7 +542,7 @@ NAMES = [*RESULT_PICTURES] + [name[5:] for name in vars(Pictures) if name.starts
 def main(argv: list[str]) -> None:
     """Run the command line."""
     parser = weights_parser()
-    parser.set_defaults(checkpoint=str(WEIGHTS / "cifar10_record.pt"))  # the default model
+    parser.set_defaults(checkpoint=str(WEIGHTS / "cifar10.pt"))  # the default model
     text = "A model of small patches, for the maps over images."
     default = str(WEIGHTS / "cifar10_patch4.pt")
     parser.add_argument("--patch4_checkpoint", default=default, help=text)
