@@ -32,7 +32,7 @@ def training_step(
     """
     one_hot = torch.eye(state.classifier.model.head.out_features, device=labels.device)
     images, targets = augment(images, one_hot[labels], recipe)  # targets: (B, K)
-    if teacher:  # soft targets for the very images that the student sees
+    if teacher is not None:  # soft targets for the very images that the student sees
         targets = teacher(images).softmax(1)
     parts = recipe.accumulation_steps
     for x, y in zip(images.chunk(parts), targets.chunk(parts), strict=True):

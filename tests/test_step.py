@@ -155,7 +155,9 @@ RECIPE = dict(label_smoothing=0.1, crop_padding=2, clip_norm=0.5, cutmix=0.5)
 OPTIMIZERS = ["sgd", "adam", "adamw", "muon"]
 
 
-def make_step(optimizer, device="cpu", drop_rate=0.2, precision="float32", convnet=False, **keys):
+def make_step(
+    optimizer, device="cpu", drop_rate=0.2, precision="float32", convnet=False, taught=False, **keys
+):
     """Return a state and its step, with dropout, clipping and accumulation by default."""
     rate = 0.02 if optimizer == "muon" else 0.0
     keys = RECIPE | dict(accumulation_steps=2, precision=precision, muon_learning_rate=rate) | keys
@@ -165,7 +167,9 @@ def make_step(optimizer, device="cpu", drop_rate=0.2, precision="float32", convn
     model = ConvNet(image_size=16) if convnet else vit
     classifier = Classifier(model, [0.5] * 3, [0.2] * 3, precision).to(device)
     state = TrainState(classifier, make_optimizers(model, recipe))
-    step = prepare(train.training_step, state, recipe)
+    teacher = Classifier(ViT(image_size=16, embedding_dim=8), [0.5] * 3, [0.2] * 3).eval()
+    teacher = teacher.requires_grad_(False).to(device) if taught else None
+    step = prepare(train.training_step, state, recipe, teacher)
     return state, lambda images, labels: step(images, labels, recipe)
 
 
@@ -209,7 +213,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 @pytest.mark.parametrize(
     "execution, device, tolerance, keys",
-    [("compiled", "cpu", 1e-4, dict(optimizer="sgd", **PLAIN))]
+    [("compiled", "cpu", 1e-4, dict(optimizer="sgd", taught=True, **PLAIN))]
     + [pytest.param("compiled", "cuda", 1e-4, dict(optimizer="sgd", **PLAIN), marks=GPU)]
     + [
         pytest.param("graph", "cuda", 1e-6, dict(optimizer=name, precision=precision), marks=GPU)
