@@ -20,7 +20,7 @@ def run(error):
     return main([])
 
 
-def test_every_error_of_a_user_is_one_line_and_an_exit_code(capsys):
+def test_every_error_of_a_user_is_one_line_and_an_exit_code(capsys, monkeypatch):
     assert run(None) == 0 and capsys.readouterr() == ("", "")
     for error, code, line in (
         (InputError("a: wrong\n\tvalue"), 2, "a: wrong value"),
@@ -33,6 +33,8 @@ def test_every_error_of_a_user_is_one_line_and_an_exit_code(capsys):
     assert run(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")) == 1
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "train.accumulation_steps" in err  # what helps
+    monkeypatch.setenv("RANK", "1")  # of several processes one speaks
+    assert run(InputError("wrong")) == 2 and capsys.readouterr().err == ""
 
 
 def test_an_error_of_the_program_keeps_its_traceback_and_help_its_exit():

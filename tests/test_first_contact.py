@@ -513,6 +513,15 @@ def test_what_can_be_refused_is_refused_before_images_are_decoded(
     assert run_train(run_dir="file/run")[0] == 2
 
 
+def test_a_rank_without_a_world_is_one_line(tmp_path, image_folder):
+    config = write_tiny_config(tmp_path, image_folder)
+    command = [sys.executable, ROOT / "train.py", "--config", config, "--run_dir", tmp_path / "r"]
+    environment = os.environ | {"RANK": "1"}
+    done = subprocess.run(list(map(str, command)), stderr=-1, text=True, env=environment)
+    assert done.returncode == 2 and not (tmp_path / "r").exists()
+    assert done.stderr.splitlines()[-1].startswith("train.py: RANK is not one of WORLD_SIZE")
+
+
 # Weights and pictures
 
 
@@ -527,10 +536,11 @@ def test_weights_are_found_under_prefixes_and_in_dictionaries(wrapped, nested, t
     assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
 
 
-def test_weights_that_cannot_fit_name_the_keys(tmp_path):
+def test_weights_that_cannot_fit_name_the_keys_of_both_sides(tmp_path):
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "w.pth")
     message = refusal(load_pretrained, ViT(), str(tmp_path / "w.pth"))
-    assert 'Missing key(s) in state_dict: "projection.weight"' in message
+    assert "missing blocks.0.attention.in_proj_bias, " in message and "more; not" in message
+    assert message.endswith("not expected: bias, weight")
     (tmp_path / "w.safetensors").write_bytes(b"x")
     assert "safetensors.torch.load_file" in refusal(
         load_pretrained, ViT(), f"{tmp_path}/w.safetensors"

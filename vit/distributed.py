@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vit.errors import InputError
+from vit.errors import InputError, Stopped
 
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -17,15 +17,30 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 @contextlib.contextmanager
 def processes(device: torch.device) -> Iterator[None]:
-    """Join the other processes, and leave them at the end."""
+    """Join the other processes, and leave them at the end. Raises InputError for a wrong RANK."""
+    if not 0 <= RANK < WORLD_SIZE:
+        error = InputError("RANK is not one of WORLD_SIZE in the environment: torchrun sets both")
+        error.speaks = True
+        raise error
     if WORLD_SIZE == 1:
         yield
         return
     on_cuda = device.type == "cuda"
     dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
-    yield  # an error leaves without what follows, which may hang after one with NCCL
+    try:
+        yield
+    except (InputError, Stopped, RuntimeError, OSError) as error:
+        error.speaks = _is_first()
+        raise  # without the barrier and destruction, which may hang after an error with NCCL
     dist.barrier()  # rank 0 may still be saving
     dist.destroy_process_group()
+
+
+def _is_first() -> bool:
+    try:  # of the processes that end with an error: the others have the same, or lost this one
+        return dist.distributed_c10d._get_default_store().add("errors", 1) == 1
+    except RuntimeError:  # the store has ended with the process that held it
+        return False
 
 
 def another_process_ended(error: BaseException | None) -> bool:

@@ -64,10 +64,12 @@ def one_line_errors(script: str):
             except OSError as error:
                 if error.filename is None:  # nothing that the user named
                     raise
-                line, code = f"{error.filename}: {error.strerror}", 2
+                line, code = InputError(f"{error.filename}: {error.strerror}"), 2
+                vars(line).update(vars(error))  # whether it speaks
             except KeyboardInterrupt:
                 line, code = "stopped by SIGINT", 130
-            say(f"{script}: {line}", sys.stderr)
+            if getattr(line, "speaks", os.environ.get("RANK", "0") == "0"):  # one of several does
+                say(f"{script}: {line}", sys.stderr)
             return code
 
         return wrapper

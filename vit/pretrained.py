@@ -73,6 +73,9 @@ def load_pretrained(vit: ViT, source: str) -> str | None:
     try:
         weights, fingerprint = _read(source)
         weights = from_torchvision(without_prefixes(weights))
+        missing, unexpected = own.keys() - weights.keys(), weights.keys() - own.keys()
+        if missing or unexpected:
+            raise ValueError(f"missing {_first(missing)}; not expected: {_first(unexpected)}")
         old, tokens = weights.get(POSITIONS), vit.num_tokens
         if old is not None and len(old) != tokens:
             changes.append(f"positions resized from {len(old)} tokens to {tokens}")
@@ -100,6 +103,11 @@ def without_prefixes(weights: dict) -> dict[str, Tensor]:
     if prefix is None:
         return weights
     return without_prefixes({key.removeprefix(prefix): t for key, t in weights.items()})
+
+
+def _first(keys: set[str]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return (", ".join(sorted(keys)[:3]) or "none") + more
 
 
 def _read(source: str) -> tuple[dict[str, Any], str | None]:
