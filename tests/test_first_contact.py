@@ -511,6 +511,9 @@ def test_what_can_be_refused_is_refused_before_images_are_decoded(
         code, _, err = run_train(*flags)
         assert code == 2 and words in err and not (tmp_path / "run").exists()
     assert run_train(run_dir="file/run")[0] == 2
+    (tmp_path / "mounted").mkdir()  # the user's own, which stays
+    assert run_train("--train.batch_size", "7000", run_dir="mounted")[0] == 2
+    assert [*(tmp_path / "mounted").iterdir()] == []
 
 
 def test_a_rank_without_a_world_is_one_line(tmp_path, image_folder):

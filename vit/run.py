@@ -71,6 +71,7 @@ class Run(contextlib.ExitStack):
         """Make a new run's folder, or take one without a run, and keep other processes out."""
         if RANK:
             return
+        is_new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         if not os.access(self.folder, os.W_OK):
             raise InputError(f"{self.folder}: cannot be written to")
@@ -78,7 +79,7 @@ class Run(contextlib.ExitStack):
         names = {file.name for file in self.folder.iterdir() if file.suffix != ".tmp"}
         if self.saved is None and names - OURS:
             raise InputError(f"{self.folder} exists: --resume {self.folder}, or another --run_dir")
-        self.callback(self.leave_nothing)
+        self.callback(self.leave_nothing, is_new)
 
     def lock(self) -> None:
         """Keep other processes out of the folder; the kernel lets go even after kill -9."""
@@ -221,10 +222,11 @@ class Run(contextlib.ExitStack):
         if WORLD_SIZE > 1 and another_process_ended(error):
             raise Stopped(f"another process was lost; {self.go_on} ({error!s:.150})") from None
 
-    def leave_nothing(self) -> None:
+    def leave_nothing(self, is_new: bool) -> None:
         """Remove what a run without a step has written: the same command can be given again."""
         if self.saved is None and self.steps == 0:
             with contextlib.suppress(OSError):
                 for name in (*OURS, checkpoint.NAME):
                     (self.folder / name).unlink(missing_ok=True)
-                self.folder.rmdir()
+                if is_new:
+                    self.folder.rmdir()
