@@ -512,7 +512,7 @@ def test_what_can_be_refused_is_refused_before_images_are_decoded(
         assert code == 2 and words in err and not (tmp_path / "run").exists()
     assert run_train(run_dir="file/run")[0] == 2
     (tmp_path / "mounted").mkdir()  # the user's own, which stays
-    assert run_train("--train.batch_size", "7000", run_dir="mounted")[0] == 2
+    assert run_train("--train.teacher", "no/such.pt", run_dir="mounted")[0] == 2
     assert [*(tmp_path / "mounted").iterdir()] == []
 
 
