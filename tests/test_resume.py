@@ -102,8 +102,11 @@ def test_a_run_stopped_by_signals_continues_bit_for_bit(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("execution", ["eager", "graph"])
-def test_a_run_on_cuda_continues_bit_for_bit(execution, tmp_path, image_folder, monkeypatch):
-    keys = RECIPES["muon"] | dict(device="cuda", deterministic="true", execution=execution)
+@pytest.mark.parametrize("recipe", ["muon", "convnet"])
+def test_a_run_on_cuda_continues_bit_for_bit(
+    recipe, execution, tmp_path, image_folder, monkeypatch
+):
+    keys = RECIPES[recipe] | dict(device="cuda", deterministic="true", execution=execution)
     argv, undisturbed = run_undisturbed(tmp_path, image_folder, **keys, precision="auto")
     real, steps = vit.run.Run.after_step, []
 

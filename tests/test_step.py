@@ -216,14 +216,18 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
     [("compiled", "cpu", 1e-4, dict(optimizer="sgd", taught=True, **PLAIN))]
     + [pytest.param("compiled", "cuda", 1e-4, dict(optimizer="sgd", **PLAIN), marks=GPU)]
     + [
-        pytest.param("graph", "cuda", 1e-6, dict(optimizer=name, precision=precision), marks=GPU)
+        pytest.param("graph", "cuda", 0, dict(optimizer=name, precision=precision), marks=GPU)
         for name, precision in itertools.product(OPTIMIZERS, ("float32", "bfloat16"))
     ]
-    + [pytest.param("graph", "cuda", 1e-6, dict(optimizer="sgd", convnet=True), marks=GPU)],
+    + [pytest.param("graph", "cuda", 0, dict(optimizer="sgd", convnet=True), marks=GPU)]
+    + [pytest.param("compiled_graph", "cuda", 1e-4, dict(optimizer="sgd", **PLAIN), marks=GPU)],
 )
 @pytest.mark.filterwarnings("ignore:.*TensorFloat32 tensor cores:UserWarning")  # torch 2.9, 2.11
-def test_twenty_compiled_or_captured_steps_equal_eager_ones(execution, device, tolerance, keys):
+def test_twenty_compiled_or_captured_steps_equal_eager_ones(
+    execution, device, tolerance, keys, monkeypatch
+):
     results = []
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     for how in ("eager", execution):
         state, step = make_step(device=device, execution=how, **keys)
         for i, images, labels in batches(20, device):
@@ -232,7 +236,7 @@ def test_twenty_compiled_or_captured_steps_equal_eager_ones(execution, device, t
             step(images, labels)
         results.append(tensors_of(state))
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, atol=tolerance, rtol=1e-5)
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance / 10)
 
 
 def test_without_a_compiler_or_a_cuda_device_there_is_one_line(monkeypatch):

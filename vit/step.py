@@ -75,7 +75,7 @@ def seed_step(seed: int, step: int, device: torch.device) -> None:
 def prepare(step: Callable, state: TrainState, recipe: TrainConfig, teacher=None) -> Callable:
     """Return the step of images, labels and recipe, as it is executed. Raises InputError."""
     device = state.loss_sum.device
-    if recipe.execution == "compiled":
+    if recipe.execution.startswith("compiled"):
         try:  # on something small, before the run's folder is made
             torch.compile(torch.neg)(torch.zeros(1, device=device))
         except Exception as error:  # whatever a missing compiler or header makes of it
@@ -84,10 +84,11 @@ def prepare(step: Callable, state: TrainState, recipe: TrainConfig, teacher=None
         state.network = torch.compile(state.network)
         teacher = teacher and torch.compile(teacher)
     step = functools.partial(step, state, teacher=teacher)
-    if recipe.execution != "graph":
+    if not recipe.execution.endswith("graph"):
         return step
     if device.type != "cuda" or WORLD_SIZE > 1:
-        raise InputError("train.execution graph needs one CUDA device and one process")
+        fault = f"train.execution {recipe.execution} needs one CUDA device and one process"
+        raise InputError(fault)
     return CapturedStep(step)
 
 

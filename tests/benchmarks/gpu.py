@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,86 +27,92 @@ PYTHON = sys.executable
 ON_CUDA = torch.cuda.is_available()
 
 
+def train(args, name: str, *flags: str) -> list[str]:
+    """Return the command that trains a config, small with --tiny, as fast as this device can."""
+    command = [PYTHON, "train.py", "--config", f"configs/{name}.yaml", *flags]
+    if args.tiny:
+        command += ["--train.epochs", "1", "--model.embedding_dim", "16", "--model.num_heads", "2"]
+        command += ["--model.num_blocks", "1", "--data.name", "shapes"]
+    folder = str(Path(args.runs) / name)
+    return [*command, "--run_dir", folder, "--train.execution", "graph" if ON_CUDA else "eager"]
+
+
 def parts_a(args) -> dict[str, tuple[int, list[str]]]:
     """Return for each part that needs no data set its seconds and its command."""
-    module = [PYTHON, "-m"]
     tiny = ["--tiny"] if args.tiny else []
-    vit_b16 = ["--rounds", "1", "--steps", "1", "--batch_size", "1"] if args.tiny else []
-    steps = [*module, "tests.benchmarks.gpu", "steps", *tiny]
-    tests = [*module, "pytest", "-q", "tests/test_step.py", "tests/test_resume.py", "-k", "cuda"]
-    tutorial = [*module, "tests.benchmarks.throughput", "--seconds", "0.3" if args.tiny else "5"]
+    vit_b16 = ["--rounds", "1" if args.tiny else "2"]
+    vit_b16 += ["--steps", "1", "--batch_size", "1"] if args.tiny else []
+    tests = [PYTHON, "-m", "pytest", "-q", "tests/test_step.py", "tests/test_resume.py"]
+    benchmark = [PYTHON, "-m", "tests.benchmarks.throughput", "--seconds", "5"]
+    finetune = ["--train.init_from=", "--train.epochs", "2", "--train.evaluate_test", "false"]
+    finetune += ["--data.name", "shapes", "--data.val_fraction", "0.5"]
+    finetune += ["--train.batch_size", "64"] if args.tiny else []
     return {
-        "tests on this device": (70, tests),
-        "microseconds a step": (70, steps),
-        "the tutorial's loop": (20, [*tutorial, "--one", "tutorial", "eager", "float32", "64"]),
-        "ViT-B/16, 197 tokens": (40, [*module, "tests.benchmarks.vit_b16", *vit_b16]),
+        "tests on this device": (90, [*tests, "-k", "cuda"]),
+        "microseconds a step": (90, [PYTHON, "-m", "tests.benchmarks.gpu", "steps", *tiny]),
+        "the tutorial's loop": (25, [*benchmark, "--one", "tutorial", "eager", "float32", "64"]),
+        "fine-tuning ViT-B/16, 512 in 8 parts": (45, train(args, "vit_b16_finetune", *finetune)),
+        "ViT-B/16, 197 tokens": (45, [PYTHON, "-m", "tests.benchmarks.vit_b16", *vit_b16]),
+        "profile": (25, [PYTHON, "-m", "tests.benchmarks.gpu", "profile"]),
     }
 
 
 def parts_b(args) -> dict[str, tuple[int, list[str]]]:
-    """Return for each part that trains its seconds and its command."""
-    run = Path(args.runs)
+    """Return for each part that trains on CIFAR-10 its seconds and its command."""
     data = ["--data.root", args.data_root]
-    if args.tiny:
-        data = ["--data.name", "shapes", "--train.epochs", "1"]
-    graph = ["--train.execution", "graph" if ON_CUDA else "eager"]
-
-    def train(name: str, *flags: str) -> list[str]:
-        start = [PYTHON, "train.py", "--config", f"configs/{name}.yaml"]
-        return [*start, "--run_dir", str(run / name), *graph, *data, *flags]
-
-    few = ["--model.embedding_dim", "16", "--model.num_blocks", "1"] if args.tiny else []
-    taught = ["--train.teacher", str(run / "teacher" / "checkpoint.pt")]
-    stop = ["--train.deterministic", "true", "--train.epochs", "1" if args.tiny else "6"]
-    finetune = ["--train.init_from=", "--train.epochs", "1", "--train.evaluate_test", "false"]
-    finetune += ["--data.val_fraction", "0.85", *few, *graph[:1], "eager"]
-    finetune += ["--model.num_heads", "2", "--train.batch_size", "64"] if args.tiny else []
-    longer = [] if args.tiny else ["--train.epochs", "300"]
-    goal = [PYTHON, "-m", "tests.benchmarks.time_to_accuracy", *data, *graph]
+    goal = [PYTHON, "-m", "tests.benchmarks.time_to_accuracy"]
+    kill = [PYTHON, "-m", "tests.benchmarks.gpu", "kill"]
+    short = [*data, "--train.deterministic", "true", "--train.epochs", "6"]
     return {
-        "cold run of cifar10_adamw.yaml": (40, train("cifar10_adamw", *few)),
-        "the teacher": (60, train("teacher")),
-        "patch 4 with the teacher": (150, train("cifar10_patch4", *taught, *few, *longer)),
-        "time to accuracy": (20, [*goal, "--config", "configs/cifar10.yaml", *few]),
-        "patch 8 from labels": (45, train("cifar10", *few)),
-        "kill and resume": (40, [PYTHON, "-m", "tests.benchmarks.gpu", "kill", *stop, *data, *few]),
-        "fine-tuning ViT-B/16, batch 512 in 8 parts": (45, train("vit_b16_finetune", *finetune)),
-        "profile": (20, [PYTHON, "-m", "tests.benchmarks.gpu", "profile"]),
+        "cold run of cifar10_adamw.yaml": (60, train(args, "cifar10_adamw", *data)),
+        "time to accuracy": (30, [*goal, *train(args, "cifar10", "--train.epochs", "20", *data)[2:]]),
+        "cold run of cifar10.yaml": (90, train(args, "cifar10", *data)),
+        "kill and resume": (60, [*kill, *train(args, "cifar10", *short)[2:]]),
     }
 
 
 def print_steps(tiny: bool) -> None:
-    """Print microseconds a step: captured, eager, compiled, and compiled inside the captured."""
+    """Print microseconds a step, of both patch sizes: captured, eager, compiled, and both."""
     from tests.benchmarks.throughput import measure
 
     best, seconds = "bfloat16" if ON_CUDA else "float32", 0.1 if tiny else 0.7
-    executions = ("graph", "eager", "compiled", "both") if ON_CUDA else ("eager",)
-    sizes = (8,) if tiny else (500, 4096, 64)
-    rows = itertools.product(executions, ("ours 0", "patch4 0"), sizes)
-    for how, model, size in rows:  # compiling is the slowest, hence last
+    models, sizes = ("ours 0", "patch4 0"), (8,) if tiny else (500, 4096, 64)
+    executions = ("graph", "eager") if ON_CUDA else ("eager",)
+    rows = [*itertools.product(sizes, executions, models)]
+    if ON_CUDA:  # compiling is the slowest, hence last
+        rows += itertools.product((500,), ("compiled_graph", "compiled"), models)
+        rows += itertools.product((4096, 64), ("compiled_graph",), models)
+    for size, how, model in rows:
         torch._dynamo.reset()  # or else it would compile for batches of any size
         speed, first = measure(model, how, best, size, seconds, "muon")
-        row = f"{model:<9} batch {size:>5} {how:<9}{1e6 * size / speed:9.0f} µs a step"
+        row = f"{model:<9} batch {size:>5} {how:<15}{1e6 * size / speed:9.0f} µs a step"
         print(f"{row} {speed:11.0f} images/s, first step {first:.1f} s", flush=True)
 
 
 def print_profile() -> None:
-    """Print which operations the steps of the default model take their time with."""
+    """Print which kernels the steps of the default model take their time with."""
     from torch.profiler import ProfilerActivity, profile
 
     from tests.benchmarks.throughput import measure
 
     kinds = [ProfilerActivity.CUDA] if ON_CUDA else [ProfilerActivity.CPU]
     with profile(activities=kinds) as found:
-        measure("ours 0", "eager", "bfloat16", 500, 0.1, "muon")
-    key = "self_cuda_time_total" if ON_CUDA else "self_cpu_time_total"
-    print(found.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60))
+        measure("ours 0", "graph" if ON_CUDA else "eager", "bfloat16", 500, 0.1, "muon")
+    events, time_of = found.key_averages(), "self_device_time_total"
+    if not ON_CUDA:
+        time_of = "self_cpu_time_total"
+    total = sum(getattr(event, time_of) for event in events)
+    products = [e for e in events if re.search("gemm|nvjet|cutlass|aten::.*mm", e.key)]
+    share = sum(getattr(event, time_of) for event in products) / total
+    for event in sorted(events, key=lambda event: -getattr(event, time_of))[:40]:
+        part = 100 * getattr(event, time_of) / total
+        print(f"{part:5.1f} % {event.count:>6} calls  {event.key[:90]}")
+    print(f"{100 * share:.1f} % of the time in {len(products)} kinds of matrix products")
 
 
 def kill_and_resume(flags: list[str]) -> None:
-    """Stop a run in the middle, go on with it, and compare its weights with an undisturbed one."""
-    folder = tempfile.mkdtemp()
-    start = [PYTHON, "train.py", "--config", "configs/cifar10.yaml", *flags]
+    """Kill a run in the middle, go on with it, and compare its weights with an undisturbed one."""
+    folder, start = tempfile.mkdtemp(), [PYTHON, "train.py", *flags]
     subprocess.run([*start, "--run_dir", f"{folder}/whole"], check=True)
     with subprocess.Popen(
         [*start, "--run_dir", f"{folder}/killed", "--train.checkpoint_minutes", "0.01"],
@@ -127,6 +134,7 @@ def main() -> None:
     parser.add_argument("call", choices=("A", "B", "steps", "profile"))
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--data_root", default="data", help="folder of CIFAR-10")
+    parser.add_argument("--only", default="", help="regular expression: the parts that match")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try it on a CPU")
     args = parser.parse_args()
     if args.call == "steps":
@@ -138,6 +146,8 @@ def main() -> None:
     device = torch.cuda.get_device_name() if ON_CUDA else "cpu"
     results: dict = {"device": device, "torch": torch.__version__}
     for name, (limit, command) in (parts_a if args.call == "A" else parts_b)(args).items():
+        if not re.search(args.only, name):
+            continue
         started, output, code = time.perf_counter(), "", None
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         pipes |= dict(env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True)
@@ -156,8 +166,6 @@ def main() -> None:
         print(f"\n== {name}: {said}, {seconds:.1f} s\n" + "\n".join(results[name]["output"][-12:]))
         for run in Path(args.runs).glob("*/metrics.csv"):  # few files, whatever comes after
             shutil.copy(run, args.out / f"{run.parent.name}.csv")
-        for run in Path(args.runs).glob("cifar10*4/checkpoint.pt"):
-            shutil.copy(run, args.out / f"{run.parent.name}.pt")
 
 
 if __name__ == "__main__":

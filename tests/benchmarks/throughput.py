@@ -164,8 +164,7 @@ def measure(
     """Return the images/s of our step around a model after 5 steps, and seconds of the first."""
     model_name, _, drop = name.partition(" ")
     device, _ = pick_device("auto", precision)
-    captured = "graph" if execution == "both" else execution
-    recipe = TrainConfig(batch_size=batch_size, execution=captured, precision=precision)
+    recipe = TrainConfig(batch_size=batch_size, execution=execution, precision=precision)
     rate = 0.02 if optimizer == "muon" else 0.0
     recipe = dataclasses.replace(recipe, optimizer=optimizer, muon_learning_rate=rate)
     model = MODELS[model_name](0.0 if drop else 0.1)
@@ -175,8 +174,6 @@ def measure(
     model.image_size = 32
     classifier = Classifier(model, MEAN, STD, precision).to(device).train()
     state = TrainState(classifier, make_optimizers(model, recipe))
-    if execution == "both":  # compiled, inside of the captured step
-        state.network = torch.compile(state.network)
     step = prepare(train.training_step, state, recipe)
     images, labels = (t.to(device) for t in generated(max(9_000, 2 * batch_size)))
     steps, launched = -5, time.perf_counter()
