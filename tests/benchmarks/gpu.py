@@ -62,10 +62,11 @@ def parts_b(args) -> dict[str, tuple[int, list[str]]]:
     data = ["--data.root", args.data_root]
     goal = [PYTHON, "-m", "tests.benchmarks.time_to_accuracy"]
     kill = [PYTHON, "-m", "tests.benchmarks.gpu", "kill"]
+    fast = ["--train.epochs", "20", *data]
     short = [*data, "--train.deterministic", "true", "--train.epochs", "6"]
     return {
         "cold run of cifar10_adamw.yaml": (60, train(args, "cifar10_adamw", *data)),
-        "time to accuracy": (30, [*goal, *train(args, "cifar10", "--train.epochs", "20", *data)[2:]]),
+        "time to accuracy": (30, [*goal, *train(args, "cifar10", *fast)[2:]]),
         "cold run of cifar10.yaml": (90, train(args, "cifar10", *data)),
         "kill and resume": (60, [*kill, *train(args, "cifar10", *short)[2:]]),
     }
