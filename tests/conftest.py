@@ -14,6 +14,8 @@ import train
 from vit import checkpoint
 
 ROOT = Path(train.__file__).parent
+# Of other processes: the project, and where packages may lie on a shared machine.
+PYTHONPATH = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
 CLASSES = ["ant", "bee", "cow"]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tiny_config
+from conftest import PYTHONPATH, ROOT, write_tiny_config
 
 import train
 from vit import Classifier, ViT, checkpoint
@@ -23,8 +23,7 @@ from vit.errors import InputError
 from vit.evaluation import evaluate
 from vit.optim import make_optimizers
 
-ROOT = Path(train.__file__).parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
 
 
 def mix(images: torch.Tensor, targets: torch.Tensor, _) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, ROOT, write_image_folder, write_tiny_config
+from conftest import CLASSES, PYTHONPATH, ROOT, write_image_folder, write_tiny_config
 from PIL import EpsImagePlugin, Image
 from torchvision.datasets import CIFAR10
 
@@ -94,7 +94,7 @@ size = sum(s.images.numel() for s in (data.train, data.val, data.test))
 print((max(found) - found[0]) / size)
 """
     command = [sys.executable, "-c", code, str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and 0.9 < float(done.stdout) < 1.5, done
 

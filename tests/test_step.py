@@ -246,8 +246,18 @@ def test_without_a_compiler_or_a_cuda_device_there_is_one_line(monkeypatch):
     monkeypatch.setattr(torch, "compile", no_compiler)
     with pytest.raises(InputError, match=r"^train\.execution compiled needs .* No working C\+\+"):
         make_step("sgd", execution="compiled")
-    with pytest.raises(InputError, match=r"train\.execution graph needs one CUDA device"):
-        make_step("sgd", device="cpu", execution="graph")
+    for how in "graph", "compiled_graph":
+        with pytest.raises(InputError, match=rf"train\.execution {how} needs one CUDA device"):
+            make_step("sgd", device="cpu", execution=how)
+
+
+@pytest.mark.parametrize("device, processes", [("cuda", 1), ("cuda", 2), ("mps", 1), ("cpu", 1)])
+def test_a_step_is_captured_by_default_on_one_gpu_alone(device, processes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", Mock)
+    monkeypatch.setattr("vit.step.WORLD_SIZE", processes)
+    state = Mock(loss_sum=Mock(device=torch.device(device)))
+    step = prepare(train.training_step, state, TrainConfig())
+    assert isinstance(step, CapturedStep) == ((device, processes) == ("cuda", 1))
 
 
 class FakeGraph:

@@ -76,7 +76,7 @@ class TrainConfig:
         seed: seed of the weights, the order of images, their augmentation and dropout.
         device: auto picks CUDA, else MPS, else the CPU.
         precision: auto is bfloat16 where the device has instructions for it; a run keeps it.
-        execution: eager, compiled by torch.compile, a step as one CUDA graph, or both; auto: eager.
+        execution: of a step: eager, compiled, one CUDA graph or both; auto: a graph on one GPU.
         checkpoint_minutes: save also within an epoch, this many minutes after the last save.
         deterministic: only use kernels that give the same bits each time; slower on CUDA.
         evaluate_test: evaluate the test images once, at the end.

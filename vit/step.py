@@ -74,22 +74,23 @@ def seed_step(seed: int, step: int, device: torch.device) -> None:
 
 def prepare(step: Callable, state: TrainState, recipe: TrainConfig, teacher=None) -> Callable:
     """Return the step of images, labels and recipe, as it is executed. Raises InputError."""
-    device = state.loss_sum.device
-    if recipe.execution.startswith("compiled"):
+    device, execution = state.loss_sum.device, recipe.execution
+    can_capture = device.type == "cuda" and WORLD_SIZE == 1
+    if execution == "auto":  # a captured step gives the bits of an eager one
+        execution = "graph" if can_capture else "eager"
+    if execution.endswith("graph") and not can_capture:
+        fault = f"train.execution {execution} needs one CUDA device and one process"
+        raise InputError(fault)
+    if execution.startswith("compiled"):
         try:  # on something small, before the run's folder is made
             torch.compile(torch.neg)(torch.zeros(1, device=device))
         except Exception as error:  # whatever a missing compiler or header makes of it
-            fault = f"train.execution compiled needs a C++ compiler: {error!s:.300}"
+            fault = f"train.execution {execution} needs a C++ compiler: {error!s:.300}"
             raise InputError(fault) from None
         state.network = torch.compile(state.network)
         teacher = teacher and torch.compile(teacher)
     step = functools.partial(step, state, teacher=teacher)
-    if not recipe.execution.endswith("graph"):
-        return step
-    if device.type != "cuda" or WORLD_SIZE > 1:
-        fault = f"train.execution {recipe.execution} needs one CUDA device and one process"
-        raise InputError(fault)
-    return CapturedStep(step)
+    return CapturedStep(step) if execution.endswith("graph") else step
 
 
 class CapturedStep:
