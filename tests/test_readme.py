@@ -141,6 +141,22 @@ def test_the_results_are_those_of_the_configs_the_metrics_and_the_weights(page):
     assert {"cifar10", "cifar10_adamw", "cifar10_patch4", "teacher"} <= set(names)
 
 
+def test_the_results_of_a_gpu_are_those_of_the_headers_and_the_metrics():
+    section = TEXT["configs/README.md"].split("## On a GPU")[1].split("\n## ")[0]
+    command = r"`python train\.py --config configs/(\w+)\.yaml.*`"
+    found = re.findall(rf"^\| (\d+) \| {command} \| (.+) \| (.+) \| (.+) s \|$", section, re.M)
+    for epochs, name, validation, test, seconds in found:
+        table = metrics(ROOT / f"configs/results/h200/{name}.csv")
+        trained = sum(float(row["seconds"]) for row in table)
+        assert (epochs, seconds) == (str(len(table)), f"{trained:.0f}"), name
+        assert validation == f"{float(table[-1]['val_accuracy']):.2f}", name
+        header = (ROOT / f"configs/{name}.yaml").read_text().replace("\n#", "")
+        said = f"{test} % of the test and {validation} % of the validation images after {seconds} s"
+        assert said in header, name
+    files = (ROOT / "configs/results/h200").iterdir()
+    assert {name for _, name, *_ in found} == {file.stem for file in files} != set()
+
+
 def test_the_ablations_are_those_of_their_metrics():
     table = TEXT["configs/README.md"].split("## Ablations")[1]
     rows = re.findall(r"^\| .* \| ([\d.]+) \| ([\d.]+) \|$", table, re.M)
