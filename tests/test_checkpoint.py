@@ -67,6 +67,20 @@ def test_a_state_is_finite_only_where_all_of_it_is(optimizer):
         last.zero_()
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_a_state_of_another_device_keeps_what_suits_this_one(optimizer):
+    model = ViT(image_size=16, embedding_dim=16, num_blocks=1, mlp_dim=16, num_classes=3)
+    recipe = TrainConfig(optimizer=optimizer)
+    classifier = Classifier(model, [0.5] * 3, [0.2] * 3)
+    state = checkpoint.TrainState(classifier, make_optimizers(model, recipe))
+    saved = state.state_dict()
+    (group,) = saved["optimizers"][0]["param_groups"]
+    assert group["capturable"] is False
+    group["capturable"] = True  # as a GPU's state has it, for captured steps
+    state.load_state_dict(saved)
+    assert state.optimizers[0].param_groups[0]["capturable"] is False
+
+
 def test_fifty_truncations_are_refused(copy):
     content = copy.read_bytes()
     for offset in [0, 1, len(content) - 1, *random.Random(0).sample(range(2, len(content)), 47)]:

@@ -70,7 +70,8 @@ def test_other_data_can_be_named_and_is_normalised_as_in_training(file, tmp_path
 
 def test_the_report_and_its_figures_show_each_class(file, tmp_path, capsys):
     folder = tmp_path / "new" / "figures"
-    assert evaluate.main(["--checkpoint", str(file), "--figures", str(folder)]) == 0
+    flags = ["--checkpoint", str(file), "--device", "cpu", "--figures", str(folder)]
+    assert evaluate.main(flags) == 0
     words = capsys.readouterr().out.split()
     assert {*CLASSES, f"{checkpoint.load(file)['test']['accuracy']:.2f}"} <= set(words)
     for name in "class_accuracy", "confusion", "mistakes":

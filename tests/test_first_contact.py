@@ -404,7 +404,7 @@ def test_names_of_any_characters_are_printed_and_saved(tmp_path):
     again = ["--config", str(run / "config.yaml"), "--run_dir", str(tmp_path / "again")]
     assert train.main(again) == 0
     words = ["evaluate.py", "--checkpoint", run / checkpoint.NAME, "--figures", tmp_path / "f"]
-    command = [sys.executable, *map(str, words)]
+    command = [sys.executable, *map(str, words), "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, env=environment, cwd=ROOT)
     assert done.returncode == 0 and b"Warning" not in done.stderr, done.stderr
     assert b"\x1b" not in done.stdout + done.stderr

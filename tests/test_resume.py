@@ -100,7 +100,10 @@ def test_a_run_stopped_by_signals_continues_bit_for_bit(
     assert_same_outcome(run_dir, undisturbed)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@GPU
 @pytest.mark.parametrize("execution", ["eager", "graph"])
 @pytest.mark.parametrize("recipe", ["muon", "convnet"])
 def test_a_run_on_cuda_continues_bit_for_bit(
@@ -121,6 +124,25 @@ def test_a_run_on_cuda_continues_bit_for_bit(
     assert steps == [1, 2, 3, 4, 5]
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert_same_outcome(tmp_path / "run", undisturbed)
+
+
+@GPU
+@pytest.mark.parametrize("recipe", ["adamw", "muon"])
+def test_a_run_begun_on_a_cpu_goes_on_with_a_gpu(recipe, tmp_path, image_folder, monkeypatch):
+    argv, undisturbed = run_undisturbed(tmp_path, image_folder, **RECIPES[recipe])
+    real = vit.run.Run.after_step
+
+    def after_step(run, state):
+        if state.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        real(run, state)
+
+    monkeypatch.setattr(vit.run.Run, "after_step", after_step)
+    assert train.main([*argv, str(tmp_path / "run")]) == 128 + signal.SIGINT
+    assert train.main(["--resume", str(tmp_path / "run"), "--train.device", "cuda"]) == 0
+    runs = [checkpoint.load(d / checkpoint.NAME) for d in (tmp_path / "run", undisturbed)]
+    losses = [[row["train_loss"] for row in run["history"]] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)  # dropout and crops are other ones
 
 
 def test_what_a_finished_run_can_be_resumed_with(tmp_path, image_folder, capsys):

@@ -254,6 +254,7 @@ def test_without_a_compiler_or_a_cuda_device_there_is_one_line(monkeypatch):
 @pytest.mark.parametrize("device, processes", [("cuda", 1), ("cuda", 2), ("mps", 1), ("cpu", 1)])
 def test_a_step_is_captured_by_default_on_one_gpu_alone(device, processes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Mock)
+    monkeypatch.setattr(torch.cuda, "Event", Mock)
     monkeypatch.setattr("vit.step.WORLD_SIZE", processes)
     state = Mock(loss_sum=Mock(device=torch.device(device)))
     step = prepare(train.training_step, state, TrainConfig())
@@ -273,7 +274,7 @@ class FakeGraph:
 
 
 def test_a_captured_step_warms_up_then_replays_one_graph_on_its_own_tensors(monkeypatch):
-    graphs, side, seen = [], [], []
+    graphs, side, seen, recorded, lags = [], [], [], {}, []
     stream = Mock(wait_stream=lambda other: side.append(other))
 
     @contextlib.contextmanager
@@ -286,7 +287,16 @@ def test_a_captured_step_warms_up_then_replays_one_graph_on_its_own_tensors(monk
         if graphs and not graphs[-1].calls:
             graphs[-1].calls.append(lambda: step(images, labels, recipe))
 
-    for name, value in dict(Stream=lambda: stream, CUDAGraph=FakeGraph, graph=capture).items():
+    class FakeEvent:
+        def record(self):
+            recorded[self] = sum(graph.replays for graph in graphs)
+
+        def synchronize(self):
+            if self in recorded:
+                lags.append(sum(graph.replays for graph in graphs) - recorded[self])
+
+    fakes = dict(Stream=lambda: stream, CUDAGraph=FakeGraph, graph=capture, Event=FakeEvent)
+    for name, value in fakes.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
@@ -302,6 +312,7 @@ def test_a_captured_step_warms_up_then_replays_one_graph_on_its_own_tensors(monk
         captured(torch.full((2,), i), torch.full((2,), i), "another")
         assert len(graphs) == 1 + (i == 3) and seen[-1][2:] == (2 * i, 2 * i)
     assert [graph.replays for graph in graphs] == [3, 1]
+    assert lags == [1, 1, 1]  # each replay is followed by a wait for the one before it
 
 
 def test_bfloat16_gives_the_logits_of_float32_to_two_digits():

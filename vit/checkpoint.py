@@ -73,6 +73,8 @@ class TrainState:
             optimizer.load_state_dict(own)
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"].to(self.loss_sum.device)
+                if "capturable" in group:  # as on this device, not on that of the saved state
+                    group["capturable"] = self.loss_sum.is_cuda
         self.loss_sum.copy_(saved["loss_sum"])
         for name in NUMBERS:
             setattr(self, name, saved[name])

@@ -101,7 +101,7 @@ class CapturedStep:
 
     def __init__(self, step: Callable[[Tensor, Tensor, TrainConfig], None]):
         self.step, self.recipe, self.eager_calls = step, None, 0
-        self.stream = torch.cuda.Stream()
+        self.stream, self.replayed = torch.cuda.Stream(), torch.cuda.Event()
 
     def __call__(self, images: Tensor, labels: Tensor, recipe: TrainConfig) -> None:
         if recipe != self.recipe:
@@ -123,3 +123,6 @@ class CapturedStep:
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.step(self.images, self.labels, recipe)
         self.graph.replay()
+        before, self.replayed = self.replayed, torch.cuda.Event()
+        self.replayed.record()
+        before.synchronize()  # at most two are under way: a stop or a save would wait for all
