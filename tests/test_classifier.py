@@ -39,7 +39,7 @@ def test_only_uint8_images_of_three_channels_are_taken():
             Classifier(ViT(), *IMAGENET)(wrong)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar10_patch4"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar10_record", "cifar10_patch4"])
 def test_the_weights_that_ship_are_loaded_by_name_and_follow_a_change_of_type(name):
     classifier = vit.load(name)
     assert not classifier.training and classifier.precision == "float32"

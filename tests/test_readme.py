@@ -138,7 +138,7 @@ def test_the_results_are_those_of_the_configs_the_metrics_and_the_weights(page):
             assert f"{saved:.2f}" in seeds, name
         epochs = len(tables[0])
         assert str(epochs) in cells, name
-    assert {"cifar10", "cifar10_adamw", "cifar10_patch4", "teacher"} <= set(names)
+    assert {"cifar10", "cifar10_adamw", "cifar10_record", "cifar10_patch4"} <= set(names)
 
 
 def test_the_results_of_a_gpu_are_those_of_the_headers_and_the_metrics():
