@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before cuBLAS is first used
@@ -16,6 +17,7 @@ from vit import checkpoint
 ROOT = Path(train.__file__).parent
 # Of other processes: the project, and where packages may lie on a shared machine.
 PYTHONPATH = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 CLASSES = ["ant", "bee", "cow"]
 
 

@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, write_image_folder, write_tiny_config
+from conftest import GPU, ROOT, write_image_folder, write_tiny_config
 
 import train
 import vit.run
@@ -98,9 +98,6 @@ def test_a_run_stopped_by_signals_continues_bit_for_bit(
         argv = ["--resume", str(run_dir)]
     assert train.main(argv) == 0
     assert_same_outcome(run_dir, undisturbed)
-
-
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 @GPU

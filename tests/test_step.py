@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo  # it reads functions of torch, so before `machine` replaces them
+from conftest import GPU
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -208,7 +209,6 @@ def test_a_recorded_step_replayed_gives_the_bits_of_eager_steps(optimizer, convn
 
 
 PLAIN = dict(drop_rate=0.0, crop_padding=0, horizontal_flip=False, clip_norm=0.0, cutmix=0.0)
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 @pytest.mark.parametrize(
