@@ -28,7 +28,7 @@ def training_step(
 ) -> None:
     """Change the weights once. Nothing here waits for the device, so it can be captured.
 
-    Shapes: images uint8 (B, 3, S, S), labels (B,).
+    Shapes: images uint8 (B, 3, H, W), labels (B,).
     """
     one_hot = torch.eye(state.classifier.model.head.out_features, device=labels.device)
     images, targets = augment(images, one_hot[labels], recipe)  # targets: (B, K)

@@ -413,7 +413,7 @@ class Pictures:
                 axes[f"head {i + 1}"].set(xticks=[], yticks=[], title=f"head {i + 1}: $A$")
                 axes[f"head {i + 1}"].set(xlabel="key patch", ylabel="query patch")
             _show(axes["look"], self.image)
-            axes["look"].set_title(f"where patch {query + 1} looks")
+            axes["look"].set_title(f"where else patch {query + 1} looks")
             axes["look"].set_xlabel("blue: head 1; orange: 2")
             for i, color in enumerate(("C0", "C1")):
                 for number, weight in enumerate(A[i, last + query, last:].tolist()):

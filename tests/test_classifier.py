@@ -34,7 +34,7 @@ def test_only_uint8_images_of_three_channels_are_taken():
     floats = (IMAGES.to(t) for t in (torch.float32, torch.float16, torch.float64, torch.int64))
     for wrong in (*floats, IMAGES[:, :1], IMAGES[0], IMAGES[0, 0]):
         with pytest.raises(
-            TypeError, match=r"^images must be uint8 in 0\.\.255, \(B, 3, S, S\), got "
+            TypeError, match=r"^images must be uint8 in 0\.\.255, \(B, 3, H, W\), got "
         ):
             Classifier(ViT(), *IMAGENET)(wrong)
 

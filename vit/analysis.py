@@ -17,7 +17,7 @@ from vit.classifier import Classifier
 def inputs_of(modules: Sequence[nn.Module], classifier: Classifier, images: Tensor) -> list[Tensor]:
     """Return what each of these modules gets, in running order, without dropout or autocast.
 
-    Shapes: images uint8 (B, 3, S, S).
+    Shapes: images uint8 (B, 3, H, W).
     """
     inputs, before = [], (classifier.training, classifier.precision)
     classifier.precision = "float32"
@@ -32,7 +32,7 @@ def inputs_of(modules: Sequence[nn.Module], classifier: Classifier, images: Tens
 
 @torch.no_grad()
 def attention_weights(classifier: Classifier, images: Tensor) -> Tensor:
-    """Return A of Eq. 6 in every block. Shapes: uint8 (B, 3, S, S) → (L, B, k, S, S)."""
+    """Return A of Eq. 6 in every block. Shapes: uint8 (B, 3, H, W) → (L, B, k, S, S)."""
     layers = [block.attention for block in classifier.model.blocks]
     inputs = inputs_of(layers, classifier, images)  # LN(z) of Eq. 2
     return torch.stack([a.weights_and_values(z)[0] for a, z in zip(layers, inputs, strict=True)])

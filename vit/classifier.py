@@ -17,7 +17,7 @@ class Classifier(nn.Module):
 
     It follows `.to(dtype)`, of which float64 gives float64 logits; `precision` "bfloat16" is
     autocast. The mean and std of each channel are those of pixels in [0, 1]. Shapes: uint8
-    (B, 3, S, S) → (B, K). Raises TypeError for any other images.
+    (B, 3, H, W) → (B, K). Raises TypeError for any other images.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 or images.shape[1:-2] != (CHANNELS,):
             found = f"{images.dtype} {tuple(images.shape)}"
-            raise TypeError(f"images must be uint8 in 0..255, (B, {CHANNELS}, S, S), got {found}")
+            raise TypeError(f"images must be uint8 in 0..255, (B, {CHANNELS}, H, W), got {found}")
         x, size = images.to(self.mean.dtype), self.model.image_size
         if x.shape[-2] == x.shape[-1] < size:  # any other size is the model's to refuse
             x = F.interpolate(x, (size, size), mode="bilinear")

@@ -33,7 +33,7 @@ class DataConfig:
     """Where the images come from
 
     Args:
-        name: cifar10 is downloaded; image_folder is root/{train,test}/CLASS/*; shapes is generated.
+        name: cifar10 is downloaded, image_folder is root/{train,val,test}/CLASS/*, shapes drawn.
         root: the folder of the data set; not used by shapes.
         image_size: pixels at which images are kept, and batches enlarged from; 0: model.image_size.
         normalization: mean and std of each channel, of the training images or torchvision's.

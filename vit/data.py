@@ -1,4 +1,4 @@
-"""The data sets. Each split is one uint8 tensor (N, 3, S, S), decoded once."""
+"""The data sets. Each split is one uint8 tensor (N, 3, H, W), decoded once."""
 
 import hashlib
 import sys
@@ -22,7 +22,7 @@ IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and std, as torc
 
 
 class Split(NamedTuple):
-    """Images (N, 3, S, S) of uint8 and their labels (N,) of int64."""
+    """Images (N, 3, H, W) of uint8 and their labels (N,) of int64."""
 
     images: Tensor
     labels: Tensor

@@ -44,7 +44,7 @@ def load_images(args: Namespace, config: Config, saved: dict[str, Any], split: s
 
 @torch.no_grad()
 def predict(classifier: Classifier, images: Tensor) -> Tensor:
-    """Return the logits (N, K) of uint8 images (N, 3, S, S), without dropout."""
+    """Return the logits (N, K) of uint8 images (N, 3, H, W), without dropout."""
     was_training = classifier.training
     classifier.eval()
     device = classifier.mean.device

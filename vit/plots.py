@@ -83,7 +83,7 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axes.legend()
 
 
-# Pictures of a split. Shapes: uint8 images (N, 3, S, S), logits (N, K), labels (N,).
+# Pictures of a split. Shapes: uint8 images (N, 3, H, W), logits (N, K), labels (N,).
 
 
 def plot_class_accuracy(images, logits, labels, classes: list[str], path: Path) -> None:
@@ -130,7 +130,7 @@ def plot_mistakes(images, logits, labels, classes: list[str], path: Path) -> Non
 
 
 def plot_attention(classifier: Classifier, image: Tensor, text: str, path: Path) -> None:
-    """Lay over an image, uint8 (3, S, S), what the head's input takes from each of its patches."""
+    """Lay over an image, uint8 (3, H, W), what the head's input takes from each of its patches."""
     weights = analysis.attention_weights(classifier, image[None].to(classifier.mean.device))
     maps = analysis.received(analysis.rollout(weights)).cpu()
     shaded = "its patches, darkened by rollout", shade(image, maps[0]), ""
