@@ -44,12 +44,14 @@ def disk(monkeypatch):
     return disk
 
 
-def test_an_existing_folder_is_never_overwritten(run_train, tmp_path):
+@pytest.mark.parametrize("name", ["mine.txt", "config.yaml", "metrics.csv", "curves.png"])
+@pytest.mark.parametrize("flags", [(), ("--resume", "auto"), ("--train.batch_size", "4000")])
+def test_an_existing_folder_is_never_overwritten(name, flags, run_train, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "mine.txt").write_text("keep")
-    code, _, err = run_train()
+    (tmp_path / "run" / name).write_text("keep")
+    code, _, err = run_train(*flags)
     assert code == 2 and f"--resume {tmp_path / 'run'}" in err and "--run_dir" in err
-    assert contents(tmp_path / "run") == {"mine.txt": b"keep"}
+    assert contents(tmp_path / "run") == {name: b"keep"}
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ except ImportError:  # Windows: two processes in one folder are not noticed ther
 
 
 SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
-OURS = {"config.yaml", "metrics.csv", "curves.png"}  # in a run's folder, beside its checkpoints
-FULL = {errno.ENOSPC, errno.EDQUOT}
+PASSING = {errno.ENOSPC, errno.EDQUOT}  # a full disk; on Windows, a file open in another program
+PASSING |= {errno.EACCES} if os.name == "nt" else set()
 
 
 def read_run(flags: dict[str, Any]) -> tuple[Path, Config, dict[str, Any] | None]:
@@ -63,7 +63,7 @@ class Run(contextlib.ExitStack):
         super().__init__()
         self.folder, self.config, self.saved = folder, config, saved
         self.path = folder / checkpoint.NAME
-        self.go_on = f"go on with: python train.py --resume {shlex.quote(str(folder))}"
+        self.go_on = f"go on with: python train.py --resume {shlex.quote(folder.as_posix())}"
         self.stopped, self.unsaved = None, ""  # by a signal; why the last save failed
         self.steps = 0  # of this process
 
@@ -76,8 +76,8 @@ class Run(contextlib.ExitStack):
         if not os.access(self.folder, os.W_OK):
             raise InputError(f"{self.folder}: cannot be written to")
         self.lock()
-        names = {file.name for file in self.folder.iterdir() if file.suffix != ".tmp"}
-        if self.saved is None and names - OURS:
+        is_used = any(file.suffix != ".tmp" for file in self.folder.iterdir())
+        if self.saved is None and is_used:
             raise InputError(f"{self.folder} exists: --resume {self.folder}, or another --run_dir")
         self.callback(self.leave_nothing, is_new)
 
@@ -187,13 +187,13 @@ class Run(contextlib.ExitStack):
         csv.writer(table).writerows([checkpoint.COLUMNS, *(row.values() for row in state.history)])
         text = self.config.to_yaml().encode("utf-8", "surrogateescape")  # names as on the disk
         try:
+            checkpoint.save(self.info | state.state_dict(), self.folder)
             write_atomically(self.folder / "config.yaml", text)
             write_atomically(self.folder / "metrics.csv", table.getvalue().encode())
-            checkpoint.save(self.info | state.state_dict(), self.folder)
             self.unsaved = ""
         except OSError as error:
             self.unsaved = f"{self.folder}: could not be saved: {error}"
-            if error.errno not in FULL and self.steps:  # it will not become writable by waiting
+            if error.errno not in PASSING and self.steps:  # it will not become writable by waiting
                 raise Stopped(f"{self.unsaved}; {self.path} holds the last state saved") from None
 
     def finish(self, state: TrainState) -> None:
@@ -226,7 +226,7 @@ class Run(contextlib.ExitStack):
         """Remove what a run without a step has written: the same command can be given again."""
         if self.saved is None and self.steps == 0:
             with contextlib.suppress(OSError):
-                for name in (*OURS, checkpoint.NAME):
+                for name in ("config.yaml", "metrics.csv", checkpoint.NAME):
                     (self.folder / name).unlink(missing_ok=True)
                 if is_new:
                     self.folder.rmdir()
