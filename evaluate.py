@@ -81,8 +81,10 @@ def classify(args: Namespace, classifier: Classifier, config, saved: dict) -> di
         found[str(file)] = likely
         if args.figures:
             text = "\n".join(f"{name} {100 * p:.1f} %" for name, p in likely.items())
-            name = "_".join(file.relative_to(path).parts if path.is_dir() else [file.name])
-            plot_attention(classifier, image, printable(text), Path(args.figures, f"{name}.png"))
+            name = f"{file.relative_to(path) if path.is_dir() else file.name}.png"
+            picture = Path(args.figures, name)  # in subfolders as the images are
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            plot_attention(classifier, image, printable(text), picture)
     return found
 
 
@@ -131,6 +133,8 @@ def main(argv: list[str]) -> None:
     for name in "checkpoint", "images", "figures", "export":
         if args[name]:
             args[name] = os.path.expanduser(args[name])
+    if args.export and (args.images or args.figures or args.json):
+        raise InputError("--export goes with --checkpoint alone")
     if args.export:
         size = export(args.checkpoint, Path(args.export))
         say(f"{args.export}: {size:,} bytes")

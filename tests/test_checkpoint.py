@@ -172,6 +172,12 @@ def test_exported_weights_are_the_runs_without_what_trained_them(folder, tmp_pat
     assert evaluate.main(argv) == 0
     assert capsys.readouterr().out == f"{target}: {target.stat().st_size:,} bytes\n"
     full, exported = checkpoint.load(source), torch.load(target)
+    assert exported["config"]["train"] == full["config"]["train"]
+    full["config"]["train"]["teacher"] = "/home/me/runs/teacher/t.pt"
+    torch.save(full, tmp_path / "taught.pt")
+    checkpoint.export(tmp_path / "taught.pt", tmp_path / "shared.pt")
+    config = torch.load(tmp_path / "shared.pt")["config"]  # with no path of this machine
+    assert config["train"]["teacher"] == "t.pt" and config["data"]["root"] == "data"
     assert exported.keys() == {"format", "config", "classifier", "classes", "fingerprint", "test"}
     assert target.stat().st_size < source.stat().st_size / 2
     images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)

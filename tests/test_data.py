@@ -82,6 +82,10 @@ def test_exif_orientation_is_applied_and_a_wide_image_cropped_at_its_centre(tmp_
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     result = decode(tmp_path / "a.png", 20)
     assert (result[..., -4:] == 100).all() and (result[..., :-4] == 200).all()
+    Image.fromarray(pixels).save(tmp_path / "b.png", exif=b"Exif\0\0damaged")
+    with Image.open(tmp_path / "b.png") as image, pytest.raises(SyntaxError):
+        image.getexif()  # as from some cameras: the pixels are whole
+    assert (decode(tmp_path / "b.png", 20)[:, :4] == 100).all()
 
 
 def test_hidden_files_other_endings_and_capitals_do_not_matter(tmp_path):

@@ -90,7 +90,7 @@ def test_the_validation_images_give_what_the_last_epoch_reported(file, capsys):
 def test_images_of_any_kind_are_classified_as_their_pixels_are(file, tmp_path, capsys):
     """The same picture in many forms, against NumPy's softmax of the model's logits."""
     rng, images = np.random.default_rng(0), tmp_path / "images"
-    images.mkdir()
+    (images / "sub").mkdir(parents=True)
     grey = Image.fromarray(rng.integers(0, 256, (16, 16), np.uint8))
     colour = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
     half = colour.copy()
@@ -103,7 +103,7 @@ def test_images_of_any_kind_are_classified_as_their_pixels_are(file, tmp_path, c
         "grey16.png": (Image.fromarray(np.asarray(grey).astype(np.uint16) * 257), grey),
         "alpha.png": (half, (0.4 * np.asarray(colour) + 0.6 * 255).round()),
         "cmyk.tif": (colour.convert("CMYK"), colour),
-        "one.png": (Image.new("RGB", (1, 1), "teal"), Image.new("RGB", (16, 16), "teal")),
+        "sub/one.png": (Image.new("RGB", (1, 1), "teal"), Image.new("RGB", (16, 16), "teal")),
         "large.png": (wide, wide.crop((0, 0, 16, 16))),
         "turned.png": (colour.rotate(90), colour),
     }
@@ -155,6 +155,7 @@ def test_what_cannot_be_evaluated_is_one_line_and_exit_code_2(file, tmp_path, ca
         ({"--images": tmp_path / "none"}, f"{tmp_path}/none: not a readable image"),
         ({"--images": tmp_path / "bomb.png"}, f"{tmp_path}/bomb.png: not a readable image"),
         ({"--images": tmp_path / "bomb.png", "--split": "val"}, "--images does not go with"),
+        ({"--export": tmp_path / "w.pt", "--figures": "x"}, "--export goes with --checkpoint"),
     ):
         options = {"--checkpoint": file, "--device": "cpu"} | options
         code = evaluate.main([str(word) for option in options.items() for word in option])

@@ -278,7 +278,7 @@ def test_a_folder_that_becomes_read_only_stops_the_run(run_train, tmp_path, monk
     assert 0 < checkpoint.load(tmp_path / "run" / checkpoint.NAME)["step"] < 12
 
 
-def test_the_same_command_goes_on_or_starts(run_train, tmp_path, monkeypatch):
+def test_the_same_command_goes_on_or_starts(run_train, tmp_path, monkeypatch, capsys):
     auto = ("--resume", "auto")
     (tmp_path / "run").mkdir()  # as a container mounts it
     monkeypatch.setattr(train, "evaluate", fail_with(1))  # the run dies after an epoch's steps
@@ -296,9 +296,14 @@ def test_the_same_command_goes_on_or_starts(run_train, tmp_path, monkeypatch):
     torch.testing.assert_close(a["classifier"], b["classifier"], atol=0, rtol=0)
     # A kill before the first checkpoint leaves files that are in nobody's way.
     (tmp_path / "killed").mkdir()
-    for name in "config.yaml", "metrics.csv", checkpoint.NAME + ".tmp":
-        (tmp_path / "killed" / name).write_text("half")
+    (tmp_path / "killed" / f"{checkpoint.NAME}.tmp").write_text("half")
     assert run_train(run_dir="killed")[0] == 0
+    # Images that are not there are named, and not the number of classes that they would give.
+    config, run = tmp_path / "tiny.yaml", str(tmp_path / "run")
+    config.write_text(config.read_text().replace(", num_classes: 3", ""))
+    argv = ["--config", str(config), "--run_dir", run, *auto, "--data.root", "no/mount"]
+    assert train.main(argv) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("train.py: no/mount/train: No such")
 
 
 def test_a_teacher_that_moved_is_named_again_and_another_one_refused(
@@ -516,13 +521,19 @@ def test_what_can_be_refused_is_refused_before_images_are_decoded(
     assert [*(tmp_path / "mounted").iterdir()] == []
 
 
-def test_a_rank_without_a_world_is_one_line(tmp_path, image_folder):
+def test_a_part_of_torchruns_environment_is_one_line(tmp_path, image_folder, run_dir):
     config = write_tiny_config(tmp_path, image_folder)
-    command = [sys.executable, ROOT / "train.py", "--config", config, "--run_dir", tmp_path / "r"]
-    environment = os.environ | {"RANK": "1"}
-    done = subprocess.run(list(map(str, command)), stderr=-1, text=True, env=environment)
-    assert done.returncode == 2 and not (tmp_path / "r").exists()
-    assert done.stderr.splitlines()[-1].startswith("train.py: RANK is not one of WORLD_SIZE")
+    train_py = ["train.py", "--config", config, "--run_dir", tmp_path / "r"]
+    evaluate_py = ["evaluate.py", "--checkpoint", run_dir / checkpoint.NAME, "--device", "cpu"]
+    for command, variables, line in (
+        (train_py, {"RANK": "1"}, "train.py: RANK is not one of WORLD_SIZE"),
+        (train_py, {"WORLD_SIZE": "2"}, "train.py: RANK is not one of WORLD_SIZE, or MASTER_ADDR"),
+        (evaluate_py, {"WORLD_SIZE": "2"}, "evaluate.py: WORLD_SIZE is above 1"),
+    ):
+        command, environment = [sys.executable, *map(str, command)], os.environ | variables
+        done = subprocess.run(command, stderr=-1, text=True, env=environment, cwd=ROOT)
+        assert done.returncode == 2 and not (tmp_path / "r").exists()
+        assert done.stderr.splitlines()[-1].startswith(line), done.stderr
 
 
 # Weights and pictures

@@ -1,6 +1,7 @@
 """The paper's models: their size, torchvision's weights in them, and other resolutions."""
 
 import email.message
+import http.client
 import io
 import urllib.error
 import urllib.response
@@ -142,9 +143,11 @@ def test_a_name_is_downloaded_and_another_content_or_no_network_refused(
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     url = "https://download.pytorch.org/models/vit_b_16-c867db91.pth"
 
+    errors = [http.client.IncompleteRead(b"12"), urllib.error.URLError("no network")]
+
     def urlopen(request):
         if request.full_url != url:
-            raise urllib.error.URLError("no network")
+            raise errors.pop()
         content = io.BytesIO(weights_file.read_bytes())
         return urllib.response.addinfourl(content, email.message.Message(), url)
 
@@ -152,12 +155,16 @@ def test_a_name_is_downloaded_and_another_content_or_no_network_refused(
     for name, message in {
         "vit_b_16": "c867db91",
         "vit_l_32": "no network",
+        "vit_b_32": "IncompleteRead",
         "vit_b16": "none of torchvision's vit_b_16, vit_b_32, vit_h_14, vit_l_16, vit_l_32$",
     }.items():
         with pytest.raises(InputError, match=rf"^train\.init_from {name}: .*{message}"):
             load_pretrained(ViT(**OURS_SMALL), name)
     assert list((tmp_path / "checkpoints").iterdir()) == []  # nothing wrong is kept
     (tmp_path / "checkpoints" / Path(url).name).write_bytes(weights_file.read_bytes())
+    (tmp_path / "checkpoints" / "vit_l_16-852ce7e3.pth").write_bytes(b"<html>log in</html>")
+    with pytest.raises(InputError, match=r"^train\.init_from vit_l_16: "):
+        load_pretrained(ViT(**OURS_SMALL), "vit_l_16")
     model = ViT(**OURS_SMALL)
     load_pretrained(model, "vit_b_16")  # downloaded already
     assert torch.equal(model.head.weight, torch.load(weights_file)["heads.head.weight"])

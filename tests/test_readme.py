@@ -73,7 +73,7 @@ def commands():
             yield page, base + shlex.split(flags)
 
 
-def test_every_command_of_the_pages_is_understood(monkeypatch):
+def test_every_command_of_the_pages_is_understood(monkeypatch, image_folder):
     monkeypatch.chdir(ROOT)
     seen = dict.fromkeys(("benchmarks", "train.py", "evaluate.py", "draw.py", "pytest"), 0)
     for page, words in commands():
@@ -83,7 +83,7 @@ def test_every_command_of_the_pages_is_understood(monkeypatch):
             continue
         seen[script] += 1
         argv = words[1 + next(i for i, word in enumerate(words) if script in word) :]
-        argv = [word.replace("NAME", "cifar10") for word in argv]
+        argv = [word.replace("NAME", "cifar10").replace("DIR", str(image_folder)) for word in argv]
         if script == "train.py":
             flags = parse_flags(config_parser(with_flags=True), argv).as_dict()
             assert "resume" in flags or isinstance(read_config(flags), Config)

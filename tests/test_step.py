@@ -50,7 +50,9 @@ def machine(monkeypatch):
     return pretend
 
 
-def test_auto_is_the_fastest_device_and_the_precision_it_has_instructions_for(machine, capsys):
+def test_auto_is_the_fastest_device_and_the_precision_it_has_instructions_for(
+    machine, capsys, monkeypatch
+):
     bf16 = "bfloat16"
     for devices, options, name, device, precision in (
         ((), {}, "auto", "cpu", "float32"),
@@ -69,7 +71,11 @@ def test_auto_is_the_fastest_device_and_the_precision_it_has_instructions_for(ma
         out, err = capsys.readouterr()
         assert out == "" and err.startswith(f"device {device} (") and f"), {precision}" in err
         assert pick_device(name, "bfloat16")[1] == bf16  # what is asked for is not changed
-    machine()
+    for is_there, precision in ((True, bf16), (False, "float32")):
+        monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch 2.9
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=is_there: found)
+        assert pick_device("cpu", "auto")[1] == precision
+        machine()
     for missing in ("cuda", "mps"):
         with pytest.raises(InputError, match=f"^device {missing}: .* no such device$"):
             pick_device(missing, "auto")

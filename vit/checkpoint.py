@@ -175,7 +175,9 @@ def export(source: str | Path, target: Path) -> int:
     """Write the weights alone of a checkpoint to a new file, and return its bytes."""
     _, config, saved = load_classifier(source)
     saved["config"] = config.to_dict()
-    saved["config"]["data"]["root"] = "data"  # not a path of this machine
+    saved["config"]["data"]["root"] = "data"  # no paths of this machine
+    for key in "init_from", "teacher":
+        saved["config"]["train"][key] = Path(saved["config"]["train"][key]).name
     if target.exists():
         raise InputError(f"--export {target}: exists already")
     content = to_bytes({name: saved[name] for name in (*WEIGHTS_PARTS, "test") if name in saved})

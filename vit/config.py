@@ -33,7 +33,7 @@ class DataConfig:
     """Where the images come from
 
     Args:
-        name: cifar10 is downloaded, image_folder is root/{train,val,test}/CLASS/*, shapes drawn.
+        name: cifar10 is downloaded; image_folder is root/{train,val,test}/CLASS/*; shapes is drawn.
         root: the folder of the data set; not used by shapes.
         image_size: pixels at which images are kept, and batches enlarged from; 0: model.image_size.
         normalization: mean and std of each channel, of the training images or torchvision's.
@@ -243,10 +243,10 @@ def read_config(flags: dict[str, Any]) -> Config:
     try:
         sections |= {s: sections.get(s, {}) | given[s] for s in given}
         config = Config.from_dict(sections)
-        folder, model = Path(config.data.root, "train"), sections.get("model", {})
-        if config.data.name != "image_folder" or "num_classes" in model or not folder.is_dir():
+        model = sections.get("model", {})
+        if config.data.name != "image_folder" or "num_classes" in model:
             return config
-        model = model | {"num_classes": len(class_names(folder))}
+        model = model | {"num_classes": len(class_names(Path(config.data.root, "train")))}
         return Config.from_dict(sections | {"model": model})
     except InputError as error:
         where = f"{file} with the flags given" if given else file

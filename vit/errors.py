@@ -60,7 +60,8 @@ def one_line_errors(script: str):
             except (MemoryError, RuntimeError) as error:
                 if not any(words in repr(error) for words in NO_MEMORY):
                     raise
-                line, code = "out of memory: raise train.accumulation_steps or lower the batch", 1
+                advice = "in a new run, raise train.accumulation_steps or lower data.image_size"
+                line, code = f"out of memory; {advice}", 1
             except OSError as error:
                 if error.filename is None:  # nothing that the user named
                     raise

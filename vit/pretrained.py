@@ -2,7 +2,9 @@
 
 import math
 import sys
+from http.client import HTTPException
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ NAMES = {
 }
 NESTED = "model", "state_dict", "model_state_dict", "model_ema", "ema", "state_dict_ema", "module"
 PREFIXES = "module.", "_orig_mod.", "model.", "vit.", "network."  # of DDP, torch.compile, wrappers
+# Ours; keys or sizes that differ; no network; a download that breaks off, or of something else.
+FAULTS = ValueError, RuntimeError, OSError, HTTPException, EOFError, UnpicklingError
 POSITIONS, HEAD = "positions.embedding.weight", "head.weight"
 
 
@@ -86,8 +90,9 @@ def load_pretrained(vit: ViT, source: str) -> str | None:
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise ValueError("they are not finite")
         vit.load_state_dict(weights, strict=True)
-    except (ValueError, RuntimeError, OSError) as error:  # ours; keys or sizes differ; no network
-        raise InputError(f"train.init_from {source}: {error!s:.500}") from None
+    except FAULTS as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(f"train.init_from {source}: {reason:.500}") from None
     if RANK == 0:
         say(", ".join(changes), sys.stderr)
     return fingerprint

@@ -38,8 +38,7 @@ def pick_device(name: str, precision: str) -> tuple[torch.device, str]:
         is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         device, kind = torch.device(name), f"{torch.get_num_threads()} threads"
-        instructions = getattr(torch.cpu, "get_capabilities", dict)() if name == "cpu" else {}
-        is_fast = any(instructions.get(name) for name in FAST_BFLOAT16)
+        is_fast = name == "cpu" and has_fast_bfloat16()
         keep_freed_memory()
     if precision == "auto":
         precision = "bfloat16" if is_fast else "float32"
@@ -47,6 +46,13 @@ def pick_device(name: str, precision: str) -> tuple[torch.device, str]:
         several = f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
         say(f"device {name} ({kind}), {precision}{several}", sys.stderr)
     return device, precision
+
+
+def has_fast_bfloat16() -> bool:
+    """Say whether the processor has instructions for bfloat16."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.9
+        return torch.cpu._is_avx512_bf16_supported()
+    return any(torch.cpu.get_capabilities().get(name) for name in FAST_BFLOAT16)
 
 
 def use_deterministic_kernels(is_on: bool) -> None:

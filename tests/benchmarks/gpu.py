@@ -48,7 +48,7 @@ def parts_a(args) -> dict[str, tuple[int, list[str]]]:
     finetune += ["--data.name", "shapes", "--data.val_fraction", "0.5"]
     finetune += ["--train.batch_size", "64"] if args.tiny else []
     return {
-        "tests on this device": (90, [*tests, "-k", "cuda"]),
+        "tests on this device": (90, [*tests, "-k", "cuda or gpu"]),
         "microseconds a step": (150, [PYTHON, "-m", "tests.benchmarks.gpu", "steps", *tiny]),
         "the tutorial's loop": (25, [*benchmark, "--one", "tutorial", "eager", "float32", "64"]),
         "fine-tuning ViT-B/16, 512 in 8 parts": (45, train(args, "vit_b16_finetune", *finetune)),
