@@ -63,9 +63,11 @@ def test_inputs_of_are_what_the_model_computes_and_leave_no_hooks():
 def test_rollout_by_hand_and_its_rows_sum_to_1():
     # One block in which token 0 looks at 1 and token 1 at itself: half of that, half the residual.
     step = torch.tensor([[0.0, 1.0], [0.0, 1.0]]).view(1, 1, 1, 2, 2)
-    once, twice = torch.tensor([[0.5, 0.5], [0, 1]]), torch.tensor([[0.25, 0.75], [0, 1]])
-    assert analysis.rollout(step)[0].equal(once)
-    assert analysis.rollout(step.expand(2, 1, 3, 2, 2))[0].equal(twice)
+    assert analysis.rollout(step)[0].equal(torch.tensor([[0.5, 0.5], [0, 1]]))
+    # Then one of two heads, whose mean is: token 1 looks at 0, and 0 at itself.
+    heads = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[1.0, 0.0], [1.5, -0.5]]])
+    blocks = torch.stack([step[0].expand(1, 2, 2, 2), heads[None]])
+    assert analysis.rollout(blocks)[0].equal(torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
     np.testing.assert_allclose(analysis.rollout(random_weights(3, 2, 2, 5, 5)).sum(-1), 1)
 
 

@@ -71,14 +71,17 @@ def test_augment_mixes_the_part_of_the_images_that_the_recipe_names():
     torch.manual_seed(0)
     recipe = TrainConfig(crop_padding=0, horizontal_flip=False, cutmix=0.25)
     images = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 32, 32)
-    targets, areas = torch.eye(200), []
+    targets, areas, corners = torch.eye(200), [], []
     for _ in range(20):
         mixed, soft = augment(images, targets, recipe)
         own = (mixed == images).double().mean((1, 2, 3))
         torch.testing.assert_close(soft.diagonal().double(), own, atol=1e-6, rtol=0)
         torch.testing.assert_close(soft.sum(1), torch.ones(200))
         areas.append(1 - own)
+        pasted = (mixed != images)[:, 0].double().mean(0)
+        corners.append([pasted[y, x] for y in (0, -1) for x in (0, -1)])
     areas = torch.cat(areas)
+    assert torch.tensor(corners).mean(0).min() > 0.02  # boxes lie anywhere, not on a diagonal
     # A box of uniform area loses what lies outside of the image: about half a side at the border.
     assert 0.19 < (areas > 0).double().mean() < 0.26 and 0.25 < areas[areas > 0].mean() < 0.45
 

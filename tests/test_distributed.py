@@ -1,6 +1,7 @@
 """Two processes of torchrun (gloo, on the CPU) against one. As a script, this file is a worker."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -70,13 +71,17 @@ def evaluate_eleven_images() -> tuple[float, float]:
 
 
 def images_of_an_epoch(folder: Path, config: str) -> list[int]:
-    """Return which training images this process is given in an epoch, by running train.main."""
+    """Return which training images this process is given in an epoch, by running train.main.
+
+    The loss of a step is the mean brightness of its images.
+    """
     seen = []
 
-    def record(images, labels, _):
+    def record(state, images, labels, _):
         seen.extend(images.flatten(1).sum(1).tolist())
+        state.loss_sum += images.float().mean()
 
-    train.prepare = lambda *_, **__: record
+    train.prepare = lambda _, state, *__: functools.partial(record, state)
     train.processes = contextlib.nullcontext  # this worker has joined them already
     assert train.main(["--config", config, "--run_dir", str(folder / "epoch")]) == 0
     return seen
@@ -127,7 +132,10 @@ def results(tmp_path_factory, image_folder):
     _, error = process.communicate(timeout=100)
     assert process.returncode == 0, error
     names = {"one": "1-0", "rank 0": "2-0", "rank 1": "2-1"}
-    return {key: torch.load(tmp / f"{name}.pt") for key, name in names.items()}
+    results = {key: torch.load(tmp / f"{name}.pt") for key, name in names.items()}
+    runs = {"loss": tmp / "epoch", "loss of one": tmp / "epoch of one"}
+    saved = {key: checkpoint.load(run / checkpoint.NAME) for key, run in runs.items()}
+    return results | {key: run["history"][0]["train_loss"] for key, run in saved.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -154,6 +162,7 @@ def test_every_image_is_used_once_in_an_epoch_and_in_an_evaluation(results):
     assert len(results["rank 0"]["epoch"]) == len(results["rank 1"]["epoch"]) == 24
     both = sorted(results["rank 0"]["epoch"] + results["rank 1"]["epoch"])
     assert both == sorted(results["one"]["epoch"]) and len(set(both)) > 40
+    assert results["loss"] == pytest.approx(results["loss of one"], rel=1e-6)
     for rank in ("rank 0", "rank 1"):
         assert results[rank]["eleven"] == pytest.approx(results["one"]["eleven"], rel=1e-6)
 

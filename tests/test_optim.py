@@ -72,6 +72,7 @@ def test_muon_equals_torchs_own(monkeypatch):
     theirs = torch.optim.Muon(twins, lr=0.02, **options)
     ours = make_optimizers(model, settings("muon", learning_rate=1e-3, weight_decay=0.5))
     rates = [o.param_groups[0]["lr"] for o in ours]  # what a captured CUDA step reads
+    assert ours[1].param_groups[0]["weight_decay"] == 0.5  # of AdamW for the rest, too
     for step, factor in enumerate((1.0, 1.0, 0.5)):
         give_gradients(model, step)
         for p, twin in zip(matrices, twins, strict=True):

@@ -97,6 +97,18 @@ def test_resizing_equals_pillows_bicubic_and_leaves_the_class_token(new):
         np.testing.assert_allclose(resized[1:, channel].view(new, new), expected, atol=1e-5)
 
 
+def test_positions_are_resized_without_a_class_token_too(tmp_path):
+    small, large = ViT(image_size=24), ViT(image_size=40)
+    torch.save(small.state_dict(), tmp_path / "w.pth")
+    load_pretrained(large, str(tmp_path / "w.pth"))
+    expected = resize_positions(small.positions.embedding.weight, 25, 0)
+    assert torch.equal(large.positions.embedding.weight, expected)
+    grid = Image.fromarray(small.positions.embedding.weight[:, 7].view(3, 3).detach().numpy())
+    expected = np.asarray(grid.resize((5, 5), Image.Resampling.BICUBIC))
+    found = large.positions.embedding.weight[:, 7].view(5, 5).detach()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_another_resolution_and_number_of_classes(weights_file, tmp_path):
     vit = ViT(**OURS_SMALL)
     parts = dict(classifier=Classifier(vit, *IMAGENET).state_dict(), classes=[], fingerprint="")

@@ -119,7 +119,7 @@ def test_a_run_stores_the_precision_that_auto_stood_for(machine, run_train, tmp_
     assert saved["device"] == "auto"  # a run may go on with another device
 
 
-def test_a_step_is_seeded_by_the_runs_seed_and_its_number():
+def test_a_step_is_seeded_by_the_runs_seed_its_number_and_the_rank(monkeypatch):
     def draw(seed, step):
         seed_step(seed, step, torch.device("cpu"))
         assert torch.initial_seed() < 2**32
@@ -129,8 +129,11 @@ def test_a_step_is_seeded_by_the_runs_seed_and_its_number():
     drawn = [tuple(draw(*pair).tolist()) for pair in pairs]
     assert len(set(drawn)) == len(pairs)
     number = int(np.random.SeedSequence((2, 7, 5, 0)).generate_state(1)[0])
+    alone = draw(7, 5)
     torch.manual_seed(number)  # the same numbers as torch's own, slower function gives
-    assert torch.equal(torch.rand(4), draw(7, 5))
+    assert torch.equal(torch.rand(4), alone)
+    monkeypatch.setattr("vit.step.RANK", 1)
+    assert not torch.equal(draw(7, 5), alone)
 
 
 class Recorder(TorchDispatchMode):

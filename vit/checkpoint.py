@@ -34,7 +34,7 @@ class TrainState:
     def __init__(self, classifier: Classifier, optimizers: list[Optimizer]):
         self.classifier, self.optimizers = classifier, optimizers
         self.network = wrap(classifier)  # the same, perhaps one of several, perhaps compiled
-        self.loss_sum = torch.zeros((), device=classifier.mean.device)  # of this epoch's steps
+        self.loss_sum = torch.zeros((), device=classifier.mean.device)  # this epoch's, of this rank
         self.step, self.seconds = 0, 0.0  # in all; of this epoch, also before an interruption
         self.history, self.test = [], None  # a row of metrics an epoch; the result on test images
 
