@@ -64,10 +64,12 @@ def classify(args: Namespace, classifier: Classifier, config, saved: dict) -> di
         say_left_out(path, left_out)
     if not files:
         raise InputError(f"--images {path}: no image in this folder")
-    folders = {file.resolve().parent for file in files}
-    if args.figures and path.is_dir() and Path(args.figures).resolve() in folders:
+    names = {f: f"{f.relative_to(path) if path.is_dir() else f.name}.png" for f in files}
+    pictures = {file: Path(args.figures or "", name) for file, name in names.items()}
+    folders = {picture.resolve().parent for picture in pictures.values()}
+    if args.figures and path.is_dir() and folders & {file.resolve().parent for file in files}:
         raise InputError(f"--figures {args.figures}: holds the images of --images")
-    for file in files:
+    for file, picture in pictures.items():
         try:
             image = decode(file, config.data.image_size or classifier.model.image_size)
         except InputError as error:
@@ -81,8 +83,6 @@ def classify(args: Namespace, classifier: Classifier, config, saved: dict) -> di
         found[str(file)] = likely
         if args.figures:
             text = "\n".join(f"{name} {100 * p:.1f} %" for name, p in likely.items())
-            name = f"{file.relative_to(path) if path.is_dir() else file.name}.png"
-            picture = Path(args.figures, name)  # in subfolders as the images are
             picture.parent.mkdir(parents=True, exist_ok=True)
             plot_attention(classifier, image, printable(text), picture)
     return found

@@ -212,7 +212,7 @@ class Pictures:
         self.vit, self.vit4 = self.classifier.model, self.classifier4.model
         positions = [getattr(m, "positions", None) for m in (self.vit, self.vit4)]  # or a convnet
         if not all(isinstance(part, PositionalEmbedding) for part in positions):
-            raise InputError("--checkpoint: the pictures are of models with positions")
+            raise InputError("of both checkpoints: the pictures are of models with positions")
         self.classes = saved["classes"]
         self.images, self.labels = load_images(args, config, saved, "test")
         label = EXAMPLE_CLASS % len(self.classes)

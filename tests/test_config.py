@@ -127,6 +127,14 @@ def test_a_flag_wins_over_the_file_wherever_it_stands_and_changes_one_key(file):
         assert read(flag, "--config", file).to_dict() == expected
 
 
+@pytest.mark.parametrize("key", ["epochs", "train"])
+def test_a_key_or_section_that_is_given_twice_is_refused(key, file):
+    twice = {"epochs": "train:\n  epochs: 5\n  epochs: 6\n"}
+    twice["train"] = "train:\n  epochs: 5\ndata: {name: shapes}\ntrain:\n  batch_size: 10\n"
+    file.write_text(twice[key])
+    assert refusal(read, "--config", file) == f"{file}: {key} is given twice"
+
+
 def test_every_mistake_with_every_key_is_one_line_that_names_the_key(file, capsys):
     argv = ["--config", str(file), "--run_dir", str(file.parent / "1")]
     for key, value, named in (*((k, v, k) for k, v in mutations()), *CONTRADICTIONS):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, PYTHONPATH, ROOT, write_image_folder, write_tiny_config
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageOps
 from torchvision.datasets import CIFAR10
 
 import evaluate
@@ -312,14 +312,18 @@ def test_a_teacher_that_moved_is_named_again_and_another_one_refused(
     for name, seed in (("teacher", "5"), ("other", "6")):
         assert run_train("--train.seed", seed, run_dir=name)[0] == 0
     files = {n: str(tmp_path / n / checkpoint.NAME) for n in ("teacher", "other", "moved")}
-    monkeypatch.setattr(train, "evaluate", fail_with(1))
-    with pytest.raises(OSError):
-        run_train("--train.teacher", files["teacher"], "--train.checkpoint_minutes", "1e-9")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", fail_with(1))
+        patch.chdir(tmp_path)
+        with pytest.raises(OSError):  # dies after an epoch; the teacher is named as it is seen here
+            run_train(
+                "--train.teacher", "teacher/checkpoint.pt", "--train.checkpoint_minutes", "1e-9"
+            )
     (tmp_path / "teacher").rename(tmp_path / "moved")
     resume = ["--resume", str(tmp_path / "run")]
+    monkeypatch.chdir("/")
     for flags, code, words in (
-        ([], 2, f"{files['teacher']}: no such file"),
+        ([], 2, f"train.py: {files['teacher']}: no such file"),
         (["--train.teacher", files["other"]], 2, "not the run's teacher"),
         (["--train.teacher", files["moved"]], 0, f"train.teacher is now {files['moved']}, was"),
     ):
@@ -361,11 +365,19 @@ def test_hostile_checkpoints_are_refused_in_one_line(copy_of_run, tmp_path, caps
             new.writestr(entry.filename, old.read(entry))
     assert "it is compressed" in refusal(checkpoint.load, bomb)
     elsewhere = tmp_path / "made by a checkpoint"
-    config = saved["config"] | {"data": {"name": "cifar10", "root": str(elsewhere)}}
-    torch.save(saved | {"config": config}, path)
-    for main, argv in ((train.main, resume), (evaluate.main, ["--checkpoint", str(path)])):
-        assert main(argv) == 2 and "which the checkpoint names" in capsys.readouterr().err
+    argv = ["--checkpoint", str(path), "--device", "cpu"]
+    for name, main, words in (
+        ("cifar10", train.main, resume),
+        ("cifar10", evaluate.main, argv),
+        ("shapes", evaluate.main, [*argv, "--data.name", "cifar10"]),
+    ):
+        config = saved["config"] | {"data": {"name": name, "root": str(elsewhere)}}
+        torch.save(saved | {"config": config}, path)
+        assert main(words) == 2 and "which the checkpoint names" in capsys.readouterr().err
     assert not elsewhere.exists()
+    torch.save(saved | {"config": config | {"data": {"root": str(elsewhere)}}}, path)
+    assert evaluate.main([*argv, "--data.name", "shapes"]) == 2  # which needs no folder
+    assert "images of 32 px" in capsys.readouterr().err
 
 
 def test_a_tilde_is_the_home_folder_everywhere(run_dir, tmp_path, monkeypatch, capsys):
@@ -429,12 +441,13 @@ def test_the_command_that_goes_on_is_quoted(run_train, tmp_path, monkeypatch):
 
 
 def test_pictures_replace_no_image_that_is_looked_at(run_dir, tmp_path, capsys):
-    pictures = write_image_folder(tmp_path / "f", per_class=2) / "test" / "ant"
-    before = {file.name: file.read_bytes() for file in pictures.iterdir()}
-    argv = ("--checkpoint", run_dir / checkpoint.NAME, "--images", pictures, "--figures", pictures)
-    code, _, err = evaluated(capsys, *argv)
-    assert code == 2 and "holds the images of --images" in err
-    assert {file.name: file.read_bytes() for file in pictures.iterdir()} == before
+    root = write_image_folder(tmp_path / "f", per_class=2)
+    before = {file: file.is_file() and file.read_bytes() for file in root.rglob("*")}
+    for folder in root / "test" / "ant", root:
+        argv = ("--checkpoint", run_dir / checkpoint.NAME, "--images", folder, "--figures", folder)
+        code, _, err = evaluated(capsys, *argv)
+        assert code == 2 and "holds the images of --images" in err
+    assert {file: file.is_file() and file.read_bytes() for file in root.rglob("*")} == before
 
 
 # Running and stopping
@@ -448,6 +461,11 @@ def test_a_closed_terminal_stops_a_run_as_sigterm_does(run_train, tmp_path, monk
         if state.step == 2:
             signal.raise_signal(signal.SIGHUP)
 
+    def terminate(*arguments, **options):
+        real(*arguments, **options)
+        signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # still, until the run is saved
+
     monkeypatch.setattr(train, "training_step", step)
     code, _, err = run_train()
     assert code == 128 + signal.SIGHUP and "stopped by SIGHUP; go on with" in err
@@ -455,6 +473,8 @@ def test_a_closed_terminal_stops_a_run_as_sigterm_does(run_train, tmp_path, monk
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         assert run_train(run_dir="nohup")[0] == 0
+        monkeypatch.setattr(train, "training_step", terminate)
+        assert run_train(run_dir="stopped")[0] == 128 + signal.SIGTERM
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -471,7 +491,8 @@ def test_a_run_in_a_thread(run_train):
 def test_the_end_of_stdout_is_not_the_end_of_a_run(tmp_path, image_folder):
     config = write_tiny_config(tmp_path, image_folder)
     started = {}
-    for name, shell in (("pipe", "| true"), ("full", "> /dev/full")):  # at the same time
+    shells = {"pipe": "| true", "full": "> /dev/full", "closed": "2>&-"}
+    for name, shell in shells.items():  # at the same time
         command = f"{sys.executable} {ROOT}/train.py --config {config} --run_dir {tmp_path}/{name}"
         words = ["bash", "-c", f"set -o pipefail; {command} {shell}"]
         started[name] = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
@@ -516,6 +537,8 @@ def test_what_can_be_refused_is_refused_before_images_are_decoded(
         code, _, err = run_train(*flags)
         assert code == 2 and words in err and not (tmp_path / "run").exists()
     assert run_train(run_dir="file/run")[0] == 2
+    monkeypatch.chdir(tmp_path)
+    assert run_train("--run_dir", "~no one/r", "--train.teacher", "no/such.pt")[0] == 2  # no home
     (tmp_path / "mounted").mkdir()  # the user's own, which stays
     assert run_train("--train.teacher", "no/such.pt", run_dir="mounted")[0] == 2
     assert [*(tmp_path / "mounted").iterdir()] == []
@@ -528,7 +551,9 @@ def test_a_part_of_torchruns_environment_is_one_line(tmp_path, image_folder, run
     for command, variables, line in (
         (train_py, {"RANK": "1"}, "train.py: RANK is not one of WORLD_SIZE"),
         (train_py, {"WORLD_SIZE": "2"}, "train.py: RANK is not one of WORLD_SIZE, or MASTER_ADDR"),
-        (evaluate_py, {"WORLD_SIZE": "2"}, "evaluate.py: WORLD_SIZE is above 1"),
+        (evaluate_py, {"WORLD_SIZE": "2"}, "evaluate.py: this is for one process"),
+        (evaluate_py, {"RANK": "1"}, "evaluate.py: this is for one process"),
+        (["train.py"], {"WORLD_SIZE": "2", "RANK": "1"}, "train.py: --config FILE is missing"),
     ):
         command, environment = [sys.executable, *map(str, command)], os.environ | variables
         done = subprocess.run(command, stderr=-1, text=True, env=environment, cwd=ROOT)
@@ -559,6 +584,16 @@ def test_weights_that_cannot_fit_name_the_keys_of_both_sides(tmp_path):
     assert "safetensors.torch.load_file" in refusal(
         load_pretrained, ViT(), f"{tmp_path}/w.safetensors"
     )
+
+
+def test_too_little_memory_for_an_image_says_nothing_about_the_image(tmp_path, monkeypatch):
+    def fit(*_):
+        raise MemoryError
+
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    monkeypatch.setattr(ImageOps, "fit", fit)
+    with pytest.raises(MemoryError):
+        decode(tmp_path / "a.png", 4)
 
 
 def test_pictures_of_many_and_of_strange_classes_are_drawn_quickly(tmp_path, recwarn):

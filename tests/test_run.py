@@ -2,6 +2,7 @@
 
 import builtins
 import math
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import train
 import vit.run
 from vit import checkpoint
+from vit.errors import Stopped
 
 EACH_STEP = ("--train.checkpoint_minutes", "1e-9")  # is saved
 
@@ -120,6 +122,28 @@ def test_a_disk_full_for_some_steps_is_said_and_leaves_whole_saves(
     assert run_train(run_dir="undisturbed")[0] == 0
     a, b = (checkpoint.load(tmp_path / d / checkpoint.NAME) for d in ("run", "undisturbed"))
     torch.testing.assert_close(a["classifier"], b["classifier"], atol=0, rtol=0)
+
+
+def test_a_finished_run_gets_the_texts_that_a_kill_left_behind(run_train, tmp_path):
+    assert run_train()[0] == 0
+    texts = {
+        name: (tmp_path / "run" / name).read_bytes() for name in ("config.yaml", "metrics.csv")
+    }
+    (tmp_path / "run" / "config.yaml").unlink()
+    (tmp_path / "run" / "metrics.csv").write_bytes(texts["metrics.csv"][:80])
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert contents(tmp_path / "run").items() >= texts.items()
+
+
+def test_a_stopped_process_says_what_is_left_of_its_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(vit.run, "WORLD_SIZE", 2)
+    run = vit.run.Run(tmp_path, None)
+    before = [signal.getsignal(number) for number in vit.run.SIGNALS]
+    for steps, words in ((0, "nothing was saved"), (1, f"--resume {tmp_path}")):
+        run.steps = steps
+        with pytest.raises(Stopped, match=words):
+            run._receive(signal.SIGTERM, None)
+    assert [signal.getsignal(number) for number in vit.run.SIGNALS] == before  # none was the run's
 
 
 def test_a_disk_full_at_the_first_save_leaves_no_folder(disk, run_train, tmp_path):

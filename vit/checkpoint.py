@@ -91,7 +91,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names none
+        error.filename = str(path)  # a full disk names none
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from jsonargparse.typing import restricted_number_type as restricted
@@ -237,7 +238,9 @@ def read_config(flags: dict[str, Any]) -> Config:
     if not file.is_file():
         raise InputError(f"--config {file}: no such file")
     try:
-        sections = config_parser().parse_string(file.read_text("utf-8"), defaults=False).as_dict()
+        text = file.read_text("utf-8")
+        sections = config_parser().parse_string(text, defaults=False).as_dict()
+        _refuse_repeated(text)
     except (ArgumentError, ValueError, TypeError, RecursionError) as error:  # of the YAML
         raise InputError(f"{file}: {error}") from None
     try:
@@ -251,6 +254,14 @@ def read_config(flags: dict[str, Any]) -> Config:
     except InputError as error:
         where = f"{file} with the flags given" if given else file
         raise InputError(f"{where}: {error}") from None
+
+
+def _refuse_repeated(text: str) -> None:
+    root = yaml.compose(text)  # PyYAML's loaders, jsonargparse's too, keep the last of equal keys
+    for node in (root, *(value for _, value in getattr(root, "value", ()))):
+        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise InputError(f"{repeated[0]} is given twice")
 
 
 def resumed_config(flags: dict[str, Any], saved: dict) -> Config:
@@ -281,6 +292,7 @@ def with_root(saved: DataConfig, given: Namespace | dict[str, Any]) -> DataConfi
     given = {key: value for key, value in dict(given).items() if value is not None}
     if "root" in given:
         given["root"] = os.path.expanduser(given["root"])
-    elif saved.name != "shapes" and saved.root != "data" and not Path(saved.root).is_dir():
-        raise InputError(f"data.root {saved.root}, which the checkpoint names, is not there")
-    return dataclasses.replace(saved, **given)
+    data = dataclasses.replace(saved, **given)
+    if "root" in given or data.name == "shapes" or data.root == "data" or Path(data.root).is_dir():
+        return data
+    raise InputError(f"data.root {data.root}, which the checkpoint names, is not there")

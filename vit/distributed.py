@@ -20,9 +20,7 @@ def processes(device: torch.device) -> Iterator[None]:
     """Join the other processes, and leave them at the end. Raises InputError without torchrun."""
     if not 0 <= RANK < WORLD_SIZE or (WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ):
         fault = "RANK is not one of WORLD_SIZE, or MASTER_ADDR is missing, in the environment"
-        error = InputError(f"{fault}: torchrun sets them all")
-        error.speaks = True
-        raise error
+        raise InputError(f"{fault}: torchrun sets them all", speaks=True)
     if WORLD_SIZE == 1:
         yield
         return

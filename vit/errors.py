@@ -13,8 +13,9 @@ NO_MEMORY = "MemoryError", "out of memory", "allocate memory", "not enough memor
 class InputError(ValueError):
     """The user gave something that cannot be used; the message is the one line that is shown."""
 
-    def __init__(self, message: object):
+    def __init__(self, message: object, **notes):
         super().__init__(" ".join(str(message).split()))  # of libraries it may have several lines
+        vars(self).update(notes)
 
 
 class Stopped(Exception):
@@ -49,6 +50,8 @@ def one_line_errors(script: str):
     def decorate(main):
         @functools.wraps(main)
         def wrapper(argv: list[str] | None = None) -> int:
+            if sys.stderr is None:  # closed, as by a daemon
+                sys.stderr = io.StringIO()
             for stream in sys.stdout, sys.stderr:
                 if isinstance(stream, io.TextIOWrapper):  # an old code page lacks characters
                     stream.reconfigure(errors="backslashreplace")
@@ -60,8 +63,8 @@ def one_line_errors(script: str):
             except (MemoryError, RuntimeError) as error:
                 if not any(words in repr(error) for words in NO_MEMORY):
                     raise
-                advice = "in a new run, raise train.accumulation_steps or lower data.image_size"
-                line, code = f"out of memory; {advice}", 1
+                advice = "; in a new run, raise train.accumulation_steps or lower data.image_size"
+                line, code = "out of memory" + (advice if script == "train.py" else ""), 1
             except OSError as error:
                 if error.filename is None:  # nothing that the user named
                     raise
@@ -69,7 +72,8 @@ def one_line_errors(script: str):
                 vars(line).update(vars(error))  # whether it speaks
             except KeyboardInterrupt:
                 line, code = "stopped by SIGINT", 130
-            if getattr(line, "speaks", os.environ.get("RANK", "0") == "0"):  # one of several does
+            is_alone = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
+            if getattr(line, "speaks", is_alone):  # of several processes one does
                 say(f"{script}: {line}", sys.stderr)
             return code
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from vit.classifier import BEST_WEIGHTS, Classifier
 from vit.config import Config, with_root
 from vit.data import Split, load_dataset, load_split
-from vit.distributed import WORLD_SIZE, share, total
+from vit.distributed import RANK, WORLD_SIZE, share, total
 from vit.errors import InputError, say
 
 
@@ -28,8 +28,9 @@ def weights_parser() -> ArgumentParser:
 
 def load_images(args: Namespace, config: Config, saved: dict[str, Any], split: str) -> Split:
     """Load the test or validation images for a checkpoint. Raises InputError, naming the fault."""
-    if WORLD_SIZE > 1:
-        raise InputError("WORLD_SIZE is above 1 in the environment: this is for one process alone")
+    if WORLD_SIZE > 1 or RANK:
+        fault = "this is for one process: RANK and WORLD_SIZE of the environment say more"
+        raise InputError(fault, speaks=True)
     where, size = with_root(config.data, args.data), config.model["image_size"]
     say(f"weights {args.checkpoint}, data {where.name} in {where.root}", sys.stderr)
     if split == "val":  # those held out of the training, if these are the training's images

@@ -117,6 +117,8 @@ def decode(path: str | Path, size: int) -> Tensor:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself may only warn
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
             return torch.from_numpy(np.array(_to_square_rgb(image, size))).permute(2, 0, 1)
+    except MemoryError:
+        raise  # says nothing about the image
     except Exception as error:  # Pillow's decoders raise many types
         raise InputError(f"{path}: not a readable image: {error}") from None
 

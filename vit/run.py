@@ -42,14 +42,16 @@ def read_run(flags: dict[str, Any]) -> tuple[Path, Config, dict[str, Any] | None
     """Return the folder of train.py's flags, its configuration and the checkpoint to go on with."""
     resume, name = flags.get("resume"), Path(flags.get("config", "")).stem
     folder = flags.get("run_dir", Path("runs", name)) if resume in (None, "auto") else resume
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     if resume and (resume != "auto" or (folder / checkpoint.NAME).exists()):
         saved = checkpoint.load(folder / checkpoint.NAME)
         config = resumed_config(flags, saved["config"])
     else:
         config, saved = read_config(flags), None
-    root = str(Path(config.data.root).absolute())  # the run may go on from another folder
-    return folder, replace(config, data=replace(config.data, root=root)), saved
+    # The run may go on from another folder.
+    data = replace(config.data, root=str(Path(config.data.root).absolute()))
+    teacher = config.train.teacher and str(Path(config.train.teacher).absolute())
+    return folder, replace(config, data=data, train=replace(config.train, teacher=teacher)), saved
 
 
 class Run(contextlib.ExitStack):
@@ -63,9 +65,15 @@ class Run(contextlib.ExitStack):
         super().__init__()
         self.folder, self.config, self.saved = folder, config, saved
         self.path = folder / checkpoint.NAME
-        self.go_on = f"go on with: python train.py --resume {shlex.quote(folder.as_posix())}"
         self.stopped, self.unsaved = None, ""  # by a signal; why the last save failed
         self.steps = 0  # of this process
+
+    @property
+    def go_on(self) -> str:
+        """What to do after this process was stopped."""
+        if WORLD_SIZE > 1 and self.saved is None and self.steps == 0:
+            return "nothing was saved"
+        return f"go on with: python train.py --resume {shlex.quote(self.folder.as_posix())}"
 
     def take_folder(self) -> None:
         """Make a new run's folder, or take one without a run, and keep other processes out."""
@@ -119,7 +127,8 @@ class Run(contextlib.ExitStack):
 
     def _receive(self, number: int, _) -> None:
         for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+            if signal.getsignal(each) == self._receive:  # others stay ignored
+                signal.signal(each, signal.SIG_DFL)
         line = f"stopped by {signal.Signals(number).name}; {self.go_on}"
         self.stopped = Stopped(line, code=128 + number)
         if WORLD_SIZE > 1:  # the processes would notice it at different steps
@@ -183,18 +192,21 @@ class Run(contextlib.ExitStack):
     def _write(self, state: TrainState) -> None:
         if RANK:
             return
-        table = io.StringIO()
-        csv.writer(table).writerows([checkpoint.COLUMNS, *(row.values() for row in state.history)])
-        text = self.config.to_yaml().encode("utf-8", "surrogateescape")  # names as on the disk
         try:
             checkpoint.save(self.info | state.state_dict(), self.folder)
-            write_atomically(self.folder / "config.yaml", text)
-            write_atomically(self.folder / "metrics.csv", table.getvalue().encode())
+            self._write_texts(state)
             self.unsaved = ""
         except OSError as error:
             self.unsaved = f"{self.folder}: could not be saved: {error}"
             if error.errno not in PASSING and self.steps:  # it will not become writable by waiting
                 raise Stopped(f"{self.unsaved}; {self.path} holds the last state saved") from None
+
+    def _write_texts(self, state: TrainState) -> None:
+        table = io.StringIO()
+        csv.writer(table).writerows([checkpoint.COLUMNS, *(row.values() for row in state.history)])
+        text = self.config.to_yaml().encode("utf-8", "surrogateescape")  # names as on the disk
+        write_atomically(self.folder / "config.yaml", text)
+        write_atomically(self.folder / "metrics.csv", table.getvalue().encode())
 
     def finish(self, state: TrainState) -> None:
         """Draw the curves and print the lines that end a run."""
@@ -202,6 +214,7 @@ class Run(contextlib.ExitStack):
             return
         rows = state.history
         try:
+            self._write_texts(state)  # perhaps a kill came between the checkpoint and them
             plot_runs({"": rows}, self.folder / "curves.png")
         except OSError as error:
             raise Stopped(f"{self.folder}: {error}") from None
