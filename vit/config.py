@@ -112,12 +112,9 @@ class TrainConfig:
 
     def at(self, epoch: int) -> "TrainConfig":
         """Return the recipe of an epoch, counted from 0: the last ones leave augmentation out."""
-        recipe = self
-        if epoch >= round(self.epochs * (1 - self.finish_cutmix)):
-            recipe = dataclasses.replace(recipe, cutmix=0.0)
-        if epoch >= round(self.epochs * (1 - self.finish_crop)):
-            recipe = dataclasses.replace(recipe, crop_padding=0)
-        return recipe
+        cutmix = self.cutmix if epoch < round(self.epochs * (1 - self.finish_cutmix)) else 0.0
+        padding = self.crop_padding if epoch < round(self.epochs * (1 - self.finish_crop)) else 0
+        return dataclasses.replace(self, cutmix=cutmix, crop_padding=padding)
 
 
 PATHS = ("data", "root"), ("train", "init_from"), ("train", "teacher")

@@ -58,12 +58,11 @@ class Batches:
 
     def __init__(self, split: Split, recipe: TrainConfig):
         self.split, self.size, self.seed = split, recipe.batch_size, recipe.seed
+        key, count = f"train.batch_size {self.size}", len(split.labels)
         if self.size % (WORLD_SIZE * recipe.accumulation_steps):
-            fault = f"is not divided by {WORLD_SIZE} processes' parts"
-            raise InputError(f"train.batch_size {self.size} {fault}")
+            raise InputError(f"{key} is not divided by {WORLD_SIZE} processes' parts")
         if len(self) == 0:
-            fault = f"is more than the {len(split.labels)} training images"
-            raise InputError(f"train.batch_size {self.size} {fault}")
+            raise InputError(f"{key} is more than the {count} training images")
 
     def __len__(self) -> int:
         return len(self.split.labels) // self.size

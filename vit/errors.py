@@ -72,8 +72,8 @@ def one_line_errors(script: str):
                 vars(line).update(vars(error))  # whether it speaks
             except KeyboardInterrupt:
                 line, code = "stopped by SIGINT", 130
-            is_alone = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
-            if getattr(line, "speaks", is_alone):  # of several processes one does
+            is_first = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
+            if getattr(line, "speaks", is_first):  # of several processes one does
                 say(f"{script}: {line}", sys.stderr)
             return code
 
