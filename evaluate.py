@@ -64,8 +64,8 @@ def classify(args: Namespace, classifier: Classifier, config, saved: dict) -> di
         say_left_out(path, left_out)
     if not files:
         raise InputError(f"--images {path}: no image in this folder")
-    names = {f: f"{f.relative_to(path) if path.is_dir() else f.name}.png" for f in files}
-    pictures = {file: Path(args.figures or "", name) for file, name in names.items()}
+    base = path if path.is_dir() else path.parent
+    pictures = {f: Path(args.figures or "", f"{f.relative_to(base)}.png") for f in files}
     folders = {picture.resolve().parent for picture in pictures.values()}
     if args.figures and path.is_dir() and folders & {file.resolve().parent for file in files}:
         raise InputError(f"--figures {args.figures}: holds the images of --images")
@@ -133,9 +133,9 @@ def main(argv: list[str]) -> None:
     for name in "checkpoint", "images", "figures", "export":
         if args[name]:
             args[name] = os.path.expanduser(args[name])
-    if args.export and (args.images or args.figures or args.json):
-        raise InputError("--export goes with --checkpoint alone")
     if args.export:
+        if any((args.images, args.figures, args.json, args.data.root, args.split != "test")):
+            raise InputError("--export goes with --checkpoint alone")
         size = export(args.checkpoint, Path(args.export))
         say(f"{args.export}: {size:,} bytes")
         return

@@ -210,9 +210,9 @@ class Pictures:
         self.classifier, config, saved = load_classifier(args.checkpoint)
         self.classifier4, *_ = load_classifier(args.patch4_checkpoint)  # for maps over the image
         self.vit, self.vit4 = self.classifier.model, self.classifier4.model
-        positions = [getattr(m, "positions", None) for m in (self.vit, self.vit4)]  # or a convnet
-        if not all(isinstance(part, PositionalEmbedding) for part in positions):
-            raise InputError("of both checkpoints: the pictures are of models with positions")
+        for name, model in (("checkpoint", self.vit), ("patch4_checkpoint", self.vit4)):
+            if not isinstance(getattr(model, "positions", None), PositionalEmbedding):  # a convnet
+                raise InputError(f"--{name}: the pictures are of models with positions")
         self.classes = saved["classes"]
         self.images, self.labels = load_images(args, config, saved, "test")
         label = EXAMPLE_CLASS % len(self.classes)

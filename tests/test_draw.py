@@ -84,7 +84,14 @@ def test_what_cannot_be_drawn_is_one_line_and_exit_code_2(flags, tmp_path, capsy
         (["--checkpoint", f"{tmp_path}/renamed.pt"], "its classes are not the checkpoint's"),
         (["--only", "block", "--out", f"{tmp_path}/file/x"], f"--out {tmp_path}/file/x: "),
         (["--data.name", "mnist"], "data.name"),
-        (["--checkpoint", f"{tmp_path}/convnet.pt"], "the pictures are of models with positions"),
+        (
+            ["--checkpoint", f"{tmp_path}/convnet.pt"],
+            "--checkpoint: the pictures are of models with",
+        ),
+        (
+            ["--patch4_checkpoint", f"{tmp_path}/convnet.pt"],
+            "--patch4_checkpoint: the pictures are",
+        ),
     ):
         code, (out, err) = draw.main([*flags, *argv]), capsys.readouterr()
         lines = [line for line in err.splitlines() if not line.startswith("weights ")]

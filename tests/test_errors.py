@@ -20,8 +20,11 @@ def run(error):
     return main([])
 
 
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+
 def fail(*_):
-    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+    raise NO_MEMORY
 
 
 def test_every_error_of_a_user_is_one_line_and_an_exit_code(capsys, monkeypatch):
@@ -34,13 +37,12 @@ def test_every_error_of_a_user_is_one_line_and_an_exit_code(capsys, monkeypatch)
     ):
         assert run(error) == code
         assert capsys.readouterr() == ("", f"script.py: {line}\n")
-    assert run(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")) == 1
-    err = capsys.readouterr().err
-    assert err == "script.py: out of memory\n"
+    assert run(NO_MEMORY) == 1 and capsys.readouterr().err == "script.py: out of memory\n"
     monkeypatch.setattr(train, "parse_flags", fail)
     assert train.main([]) == 1
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "train.accumulation_steps" in err  # what helps
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("RANK", "1")  # of several processes one speaks
     assert run(InputError("wrong")) == 2 and capsys.readouterr().err == "script.py: wrong\n"
     monkeypatch.setenv("MASTER_ADDR", "localhost")  # these were started by torchrun

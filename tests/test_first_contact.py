@@ -550,12 +550,14 @@ def test_a_part_of_torchruns_environment_is_one_line(tmp_path, image_folder, run
     evaluate_py = ["evaluate.py", "--checkpoint", run_dir / checkpoint.NAME, "--device", "cpu"]
     for command, variables, line in (
         (train_py, {"RANK": "1"}, "train.py: RANK is not one of WORLD_SIZE"),
-        (train_py, {"WORLD_SIZE": "2"}, "train.py: RANK is not one of WORLD_SIZE, or MASTER_ADDR"),
+        (train_py, {"WORLD_SIZE": "2"}, "train.py: RANK is not one of WORLD_SIZE, or RANK, MASTER"),
+        (train_py, {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "train.py: RANK is not one of"),
         (evaluate_py, {"WORLD_SIZE": "2"}, "evaluate.py: this is for one process"),
         (evaluate_py, {"RANK": "1"}, "evaluate.py: this is for one process"),
         (["train.py"], {"WORLD_SIZE": "2", "RANK": "1"}, "train.py: --config FILE is missing"),
     ):
-        command, environment = [sys.executable, *map(str, command)], os.environ | variables
+        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "MASTER_ADDR")}
+        command, environment = [sys.executable, *map(str, command)], clean | variables
         done = subprocess.run(command, stderr=-1, text=True, env=environment, cwd=ROOT)
         assert done.returncode == 2 and not (tmp_path / "r").exists()
         assert done.stderr.splitlines()[-1].startswith(line), done.stderr
@@ -586,12 +588,13 @@ def test_weights_that_cannot_fit_name_the_keys_of_both_sides(tmp_path):
     )
 
 
-def test_too_little_memory_for_an_image_says_nothing_about_the_image(tmp_path, monkeypatch):
-    def fit(*_):
+@pytest.mark.parametrize("name", ["fit", "exif_transpose"])
+def test_too_little_memory_for_an_image_says_nothing_about_the_image(name, tmp_path, monkeypatch):
+    def fail(*_, **__):
         raise MemoryError
 
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    monkeypatch.setattr(ImageOps, "fit", fit)
+    monkeypatch.setattr(ImageOps, name, fail)
     with pytest.raises(MemoryError):
         decode(tmp_path / "a.png", 4)
 

@@ -228,7 +228,7 @@ def parse_flags(parser: ArgumentParser, argv: list[str], defaults: bool = False)
 
 
 def read_config(flags: dict[str, Any]) -> Config:
-    """Return the file of --config, changed by the flags. Raises InputError, naming file and key."""
+    """Return the file of --config, changed by the flags. Raises InputError or OSError."""
     if "config" not in flags:
         raise InputError("--config FILE is missing, for example --config configs/cifar10.yaml")
     file, given = Path(flags["config"]), {s: flags[s] for s in SECTIONS if s in flags}
@@ -254,7 +254,8 @@ def read_config(flags: dict[str, Any]) -> Config:
 
 
 def _refuse_repeated(text: str) -> None:
-    root = yaml.compose(text)  # PyYAML's loaders, jsonargparse's too, keep the last of equal keys
+    # As jsonargparse reads it; of equal keys it keeps the last.
+    root = yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     for node in (root, *(value for _, value in getattr(root, "value", ()))):
         keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
         if repeated := [key for key in keys if keys.count(key) > 1]:

@@ -18,9 +18,10 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 @contextlib.contextmanager
 def processes(device: torch.device) -> Iterator[None]:
     """Join the other processes, and leave them at the end. Raises InputError without torchrun."""
-    if not 0 <= RANK < WORLD_SIZE or (WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ):
-        fault = "RANK is not one of WORLD_SIZE, or MASTER_ADDR is missing, in the environment"
-        raise InputError(f"{fault}: torchrun sets them all", speaks=True)
+    needed = {"RANK", "MASTER_ADDR", "MASTER_PORT"}
+    if not 0 <= RANK < WORLD_SIZE or (WORLD_SIZE > 1 and not needed <= os.environ.keys()):
+        fault = "RANK is not one of WORLD_SIZE, or RANK, MASTER_ADDR or MASTER_PORT is missing"
+        raise InputError(f"{fault} in the environment: torchrun sets them all", speaks=True)
     if WORLD_SIZE == 1:
         yield
         return

@@ -68,8 +68,7 @@ def one_line_errors(script: str):
             except OSError as error:
                 if error.filename is None:  # nothing that the user named
                     raise
-                line, code = InputError(f"{error.filename}: {error.strerror}"), 2
-                vars(line).update(vars(error))  # whether it speaks
+                line, code = InputError(f"{error.filename}: {error.strerror}", **vars(error)), 2
             except KeyboardInterrupt:
                 line, code = "stopped by SIGINT", 130
             is_first = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ

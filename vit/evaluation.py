@@ -29,8 +29,7 @@ def weights_parser() -> ArgumentParser:
 def load_images(args: Namespace, config: Config, saved: dict[str, Any], split: str) -> Split:
     """Load the test or validation images for a checkpoint. Raises InputError, naming the fault."""
     if WORLD_SIZE > 1 or RANK:
-        fault = "this is for one process: RANK and WORLD_SIZE of the environment say more"
-        raise InputError(fault, speaks=True)
+        raise InputError("this is for one process: RANK and WORLD_SIZE of the environment say more")
     where, size = with_root(config.data, args.data), config.model["image_size"]
     say(f"weights {args.checkpoint}, data {where.name} in {where.root}", sys.stderr)
     if split == "val":  # those held out of the training, if these are the training's images

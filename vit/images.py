@@ -1,6 +1,5 @@
 """Images from files: a folder for each class, or images of any size and mode."""
 
-import contextlib
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -125,8 +124,12 @@ def decode(path: str | Path, size: int) -> Tensor:
 
 def _to_square_rgb(image: Image.Image, size: int) -> Image.Image:
     image.load()  # raises for damaged pixels; damaged notes beside them do not matter
-    with contextlib.suppress(Exception):  # Pillow raises many types
+    try:
         ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow raises many types
+        pass
     if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which convert() would clip
         image = Image.fromarray(to_8_bits(np.asarray(image)))
     if image.has_transparency_data:

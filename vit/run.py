@@ -57,8 +57,7 @@ def read_run(flags: dict[str, Any]) -> tuple[Path, Config, dict[str, Any] | None
 class Run(contextlib.ExitStack):
     """A context in which the folder of a run is its own, and a signal ends the run after a step.
 
-    `saved` is the checkpoint to go on with; without it the folder must hold no run. Rank 0 alone
-    writes.
+    `saved` is the checkpoint to go on with; without it the folder must be empty. Rank 0 writes.
     """
 
     def __init__(self, folder: Path, config: Config, saved: dict[str, Any] | None = None):
@@ -76,7 +75,7 @@ class Run(contextlib.ExitStack):
         return f"go on with: python train.py --resume {shlex.quote(self.folder.as_posix())}"
 
     def take_folder(self) -> None:
-        """Make a new run's folder, or take one without a run, and keep other processes out."""
+        """Make a new run's folder, or take an empty one, and keep other processes out."""
         if RANK:
             return
         is_new = not self.folder.exists()
@@ -214,7 +213,8 @@ class Run(contextlib.ExitStack):
             return
         rows = state.history
         try:
-            self._write_texts(state)  # perhaps a kill came between the checkpoint and them
+            if self.steps == 0:  # a kill may have come between the checkpoint and the texts
+                self._write_texts(state)
             plot_runs({"": rows}, self.folder / "curves.png")
         except OSError as error:
             raise Stopped(f"{self.folder}: {error}") from None
