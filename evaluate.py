@@ -23,7 +23,6 @@ from vit.step import pick_device
 
 def evaluate(args: Namespace, classifier: Classifier, config, saved: dict) -> dict[str, Any]:
     """Return parameters, accuracies and speed on a split, and draw them. Raises InputError."""
-    classes = saved["classes"]
     images, labels = load_images(args, config, saved, args.split).to(classifier.mean.device)
 
     predict(classifier, images[:1000]).sum().item()  # loads kernels; not timed
@@ -33,7 +32,7 @@ def evaluate(args: Namespace, classifier: Classifier, config, saved: dict) -> di
     seconds = time.perf_counter() - started
     images, labels, logits = images.cpu(), labels.cpu(), logits.cpu()
     if args.figures:
-        names = [printable(name) for name in classes]
+        names = [printable(name) for name in saved["classes"]]
         for name, plot in RESULT_PICTURES.items():
             plot(images, logits, labels, names, Path(args.figures, f"{name}.png"))
     return {
@@ -43,7 +42,7 @@ def evaluate(args: Namespace, classifier: Classifier, config, saved: dict) -> di
         f"{args.split}_accuracy": accuracy,
         f"{args.split}_loss": loss,
         f"{args.split}_images": len(labels),
-        "class_accuracy": dict(zip(classes, class_accuracy(logits, labels), strict=True)),
+        "class_accuracy": dict(zip(saved["classes"], class_accuracy(logits, labels), strict=True)),
         "images_per_second": len(labels) / seconds,
     }
 
@@ -134,7 +133,7 @@ def main(argv: list[str]) -> None:
         if args[name]:
             args[name] = os.path.expanduser(args[name])
     if args.export:
-        if any((args.images, args.figures, args.json, args.data.root, args.split != "test")):
+        if {*parse_flags(parser(), argv).keys()} - {"checkpoint", "export"}:
             raise InputError("--export goes with --checkpoint alone")
         size = export(args.checkpoint, Path(args.export))
         say(f"{args.export}: {size:,} bytes")

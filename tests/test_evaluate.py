@@ -155,7 +155,7 @@ def test_what_cannot_be_evaluated_is_one_line_and_exit_code_2(file, tmp_path, ca
         ({"--images": tmp_path / "none"}, f"{tmp_path}/none: not a readable image"),
         ({"--images": tmp_path / "bomb.png"}, f"{tmp_path}/bomb.png: not a readable image"),
         ({"--images": tmp_path / "bomb.png", "--split": "val"}, "--images does not go with"),
-        ({"--export": tmp_path / "w.pt", "--figures": "x"}, "--export goes with --checkpoint"),
+        ({"--export": tmp_path / "w.pt"}, "--export goes with --checkpoint alone"),  # --device too
     ):
         options = {"--checkpoint": file, "--device": "cpu"} | options
         code = evaluate.main([str(word) for option in options.items() for word in option])

@@ -49,15 +49,12 @@ class TrainState:
         self.seconds = 0.0
         self.loss_sum.zero_()
 
-    @torch.no_grad()
     def is_finite(self) -> bool:
         """Say, with one reduction, whether loss, weights and optimiser state are."""
-        tensors = [self.loss_sum, *self.classifier.parameters()]
-        tensors += [t for t in self.classifier.buffers() if t.is_floating_point()]
+        tensors = [t for t in self.classifier.state_dict().values() if t.is_floating_point()]
         for optimizer in self.optimizers:
-            for buffers in optimizer.state.values():
-                tensors += buffers.values()
-        return bool(get_total_norm(tensors, math.inf).isfinite())
+            tensors += [t for buffers in optimizer.state.values() for t in buffers.values()]
+        return bool(get_total_norm([self.loss_sum, *tensors], math.inf).isfinite())
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in NUMBERS} | {

@@ -145,9 +145,8 @@ class Config:
         for section, values in sections.items():
             if not isinstance(values, dict):
                 raise InputError(f"{section}: expected keys and values, got {values}")
-            for key, value in values.items():
-                if value is None:
-                    raise InputError(f"{section}.{key}: null is not a value")
+            if nulls := [key for key, value in values.items() if value is None]:
+                raise InputError(f"{section}.{nulls[0]}: null is not a value")
         try:  # through JSON, since its range types are subclasses, which a checkpoint cannot hold
             parser = config_parser()
             parsed = json.loads(parser.dump(parser.parse_object(sections), format="json"))
@@ -243,11 +242,10 @@ def read_config(flags: dict[str, Any]) -> Config:
     try:
         sections |= {s: sections.get(s, {}) | given[s] for s in given}
         config = Config.from_dict(sections)
-        model = sections.get("model", {})
-        if config.data.name != "image_folder" or "num_classes" in model:
+        if config.data.name != "image_folder" or "num_classes" in sections.get("model", {}):
             return config
-        model = model | {"num_classes": len(class_names(Path(config.data.root, "train")))}
-        return Config.from_dict(sections | {"model": model})
+        model = config.model | {"num_classes": len(class_names(Path(config.data.root, "train")))}
+        return Config.from_dict(config.to_dict() | {"model": model})
     except InputError as error:
         where = f"{file} with the flags given" if given else file
         raise InputError(f"{where}: {error}") from None
@@ -278,8 +276,7 @@ def resumed_config(flags: dict[str, Any], saved: dict) -> Config:
         elif value != (old := config[section].get(key)) and (key, value) != ("precision", "auto"):
             raise InputError(f"--resume auto: the run has {flag} {old}, not {value}")
     result = Config.from_dict(config)
-    root = {"root": result.data.root} if "root" in given.get("data", {}) else {}
-    return dataclasses.replace(result, data=with_root(result.data, root))
+    return dataclasses.replace(result, data=with_root(result.data, given.get("data", {})))
 
 
 def with_root(saved: DataConfig, given: Namespace | dict[str, Any]) -> DataConfig:
@@ -288,9 +285,8 @@ def with_root(saved: DataConfig, given: Namespace | dict[str, Any]) -> DataConfi
     A checkpoint of somebody else must not choose where data is downloaded to. Raises InputError.
     """
     given = {key: value for key, value in dict(given).items() if value is not None}
-    if "root" in given:
-        given["root"] = os.path.expanduser(given["root"])
     data = dataclasses.replace(saved, **given)
+    data = dataclasses.replace(data, root=os.path.expanduser(data.root))
     if "root" in given or data.name == "shapes" or data.root == "data" or Path(data.root).is_dir():
         return data
     raise InputError(f"data.root {data.root}, which the checkpoint names, is not there")

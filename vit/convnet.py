@@ -47,9 +47,8 @@ class ConvNet(nn.Module):
         if image_size < 9:
             raise ValueError(f"image_size {image_size} is under 9, the least of a convnet")
         self.image_size, self.num_tokens = image_size, (image_size // 8) ** 2
-        inputs = 24, *WIDTHS[:-1]
         self.whitening = Whitening()
-        self.stages = nn.Sequential(*map(stage, inputs, WIDTHS))
+        self.stages = nn.Sequential(*map(stage, (24, *WIDTHS[:-1]), WIDTHS))
         self.head = nn.Linear(WIDTHS[-1], num_classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -73,8 +73,7 @@ class Batches:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.split.labels), generator=generator)
         order = order.to(self.split.labels.device)
-        for i in range(skip, len(self)):
-            batch = share(order[i * self.size : (i + 1) * self.size])
+        for batch in map(share, order.split(self.size)[skip : len(self)]):
             yield Split(self.split.images[batch], self.split.labels[batch])
 
 
@@ -100,13 +99,10 @@ def load_dataset(config: DataConfig, image_size: int, num_classes: int) -> Datas
         say(f"validation images: the {len(val.labels)} of {config.root}/val", sys.stderr)
     elif config.val_fraction:
         train, val = hold_out(train, config)
-    mean, std = IMAGENET
-    if config.normalization == "training_images":
-        mean, std = mean_and_std(train.images)
+    mean, std = IMAGENET if config.normalization == "imagenet" else mean_and_std(train.images)
     sha = hashlib.sha256()
-    for split in filter(None, (train, val, test)):
-        for tensor in split:
-            sha.update(tensor.numpy())
+    for tensor in (*train, *(val or ()), *(test or ())):
+        sha.update(tensor.numpy())
     return Dataset(train, val, test, classes, mean, std, sha.hexdigest())
 
 

@@ -49,9 +49,8 @@ def predict(classifier: Classifier, images: Tensor) -> Tensor:
     """Return the logits (N, K) of uint8 images (N, 3, H, W), without dropout."""
     was_training = classifier.training
     classifier.eval()
-    device = classifier.mean.device
     parts = images.split(max(1, 16_000 // classifier.model.num_tokens))  # memory is bounded
-    logits = torch.cat([classifier(part.to(device)) for part in parts])
+    logits = torch.cat([classifier(part.to(classifier.mean.device)) for part in parts])
     classifier.train(was_training)
     return logits
 

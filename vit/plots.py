@@ -56,8 +56,7 @@ def plot_images(path: Path, panels: list[tuple[str, Tensor, str]]) -> None:
     with picture(path, 1.4 + 9 / max(3, len(panels)), len(panels)) as row:
         for axes, (title, image, text) in zip(row, panels, strict=True):
             axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes.set(xticks=[], yticks=[], xlabel=text)
-            axes.set_title(title)
+            axes.set(xticks=[], yticks=[], xlabel=text, title=title)
 
 
 def shade(image: Tensor, weights: Tensor) -> Tensor:
@@ -110,10 +109,9 @@ def plot_confusion(images, logits, labels, classes: list[str], path: Path) -> No
         axes.imshow(percent.numpy(), "Blues", vmin=0, vmax=200 if is_small else 100, aspect="auto")
         if not is_small:
             return
-        for y, row in enumerate(percent.tolist()):
+        for y, row in enumerate(percent.tolist()):  # black on pale colours
             for x, value in enumerate(row):
-                place = dict(ha="center", va="center", color="black")  # on pale colours
-                axes.text(x, y, f"{value:.0f}", **place)
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="black")
         axes.set_xticks(places, classes, rotation=90 if len(classes) > 8 else 0)
         axes.set_yticks(places, classes)
 

@@ -38,17 +38,13 @@ POSITIONS, HEAD = "positions.embedding.weight", "head.weight"
 
 def from_torchvision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of a torchvision VisionTransformer with our names and shapes."""
+    # (1, 1, D) → (D,); (1, S, D) → (S, D); a convolution's (D, 3, P, P) → (D, 3·P²)
+    flat = {"class_token": (0, -1), POSITIONS: (0, -2), "projection.weight": (1, -1)}
     ours = {}
     for name, tensor in weights.items():
         for part, replacement in NAMES.items():
             name = name.replace(part, replacement)
-        if name == "class_token":
-            tensor = tensor.flatten()  # (1, 1, D) → (D,)
-        elif name == POSITIONS:
-            tensor = tensor.flatten(0, -2)  # (1, S, D) → (S, D)
-        elif name == "projection.weight":
-            tensor = tensor.flatten(1)  # a convolution's (D, 3, P, P) → (D, 3·P²)
-        ours[name] = tensor
+        ours[name] = tensor.flatten(*flat[name]) if name in flat else tensor
     return ours
 
 

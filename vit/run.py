@@ -27,12 +27,6 @@ from vit.distributed import RANK, WORLD_SIZE, another_process_ended
 from vit.errors import InputError, Stopped, say
 from vit.plots import plot_runs
 
-try:
-    import fcntl
-except ImportError:  # Windows: two processes in one folder are not noticed there
-    fcntl = None
-
-
 SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 PASSING = {errno.ENOSPC, errno.EDQUOT}  # a full disk; on Windows, a file open in another program
 PASSING |= {errno.EACCES} if os.name == "nt" else set()
@@ -43,11 +37,9 @@ def read_run(flags: dict[str, Any]) -> tuple[Path, Config, dict[str, Any] | None
     resume, name = flags.get("resume"), Path(flags.get("config", "")).stem
     folder = flags.get("run_dir", Path("runs", name)) if resume in (None, "auto") else resume
     folder = Path(os.path.expanduser(folder))
-    if resume and (resume != "auto" or (folder / checkpoint.NAME).exists()):
-        saved = checkpoint.load(folder / checkpoint.NAME)
-        config = resumed_config(flags, saved["config"])
-    else:
-        config, saved = read_config(flags), None
+    goes_on = resume and (resume != "auto" or (folder / checkpoint.NAME).exists())
+    saved = checkpoint.load(folder / checkpoint.NAME) if goes_on else None
+    config = resumed_config(flags, saved["config"]) if saved else read_config(flags)
     # The run may go on from another folder.
     data = replace(config.data, root=str(Path(config.data.root).absolute()))
     teacher = config.train.teacher and str(Path(config.train.teacher).absolute())
@@ -83,14 +75,15 @@ class Run(contextlib.ExitStack):
         if not os.access(self.folder, os.W_OK):
             raise InputError(f"{self.folder}: cannot be written to")
         self.lock()
-        is_used = any(file.suffix != ".tmp" for file in self.folder.iterdir())
-        if self.saved is None and is_used:
+        if self.saved is None and any(f.suffix != ".tmp" for f in self.folder.iterdir()):
             raise InputError(f"{self.folder} exists: --resume {self.folder}, or another --run_dir")
         self.callback(self.leave_nothing, is_new)
 
     def lock(self) -> None:
         """Keep other processes out of the folder; the kernel lets go even after kill -9."""
-        if fcntl is None:
+        try:
+            import fcntl
+        except ImportError:  # Windows: two processes in one folder are not noticed there
             return
         folder = os.open(self.folder, os.O_RDONLY)
         self.callback(os.close, folder)
@@ -136,8 +129,7 @@ class Run(contextlib.ExitStack):
     def restore(self, state: TrainState, data: Dataset) -> None:
         """Take up the saved state. Raises InputError where images, teacher or sizes differ."""
         self.saved = checkpoint.load(self.path)  # another process may have gone on until now
-        root = self.config.data.root
-        data.require(self.saved["fingerprint"], f"data.root {root}: {self.folder}")
+        data.require(self.saved["fingerprint"], f"data.root {self.config.data.root}: {self.folder}")
         if self.info["teacher"] != self.saved["teacher"]:
             raise InputError(f"train.teacher {self.config.train.teacher}: not the run's teacher")
         for section, values in self.info["config"].items():

@@ -85,8 +85,7 @@ def prepare(step: Callable, state: TrainState, recipe: TrainConfig, teacher=None
     if execution == "auto":  # a captured step gives the bits of an eager one
         execution = "graph" if can_capture else "eager"
     if execution.endswith("graph") and not can_capture:
-        fault = f"train.execution {execution} needs one CUDA device and one process"
-        raise InputError(fault)
+        raise InputError(f"train.execution {execution} needs one CUDA device and one process")
     if execution.startswith("compiled"):
         try:  # on something small, before the run's folder is made
             torch.compile(torch.neg)(torch.zeros(1, device=device))
