@@ -44,12 +44,13 @@ PUBLISHED = [  # plain ViTs: name, patch size, millions of parameters, test accu
     ("ViT (2112.13492)", 4, 2.8, 93.6),
 ]
 TICKS = [1, 3, 10, 30, 100, 300]  # minutes
-LEARNING = {  # runs of configs/results, and what they learn from
+LEARNING = {  # runs on CPUs, of configs/results, and what they learn from
     "cifar10_adamw": "patch 8, the tutorial's recipe",
     "cifar10": "patch 8, labels",
-    "cifar10_patch4": "patch 4, the teacher",
-    "teacher": "the teacher",
+    "cpu/cifar10_patch4": "patch 4, the teacher",
+    "cpu/teacher": "the teacher",
 }
+CURVES = "cifar10_adamw", "cifar10", "cifar10_patch4_labels", "cifar10_patch4"
 
 ABLATIONS = {  # files of configs/results/ablations: 20 epochs of cifar10.yaml but for one thing
     "all_seed_0": "the whole recipe",
@@ -427,18 +428,14 @@ class Pictures:
 
     def draw_curves(self, path: Path) -> None:
         """Draw losses and accuracy of the runs of configs/results by epoch."""
-        plot_runs({name: self.runs[name] for name in LEARNING if name in self.runs}, path)
-
-    @cached_property
-    def runs(self) -> dict[str, list[dict[str, str]]]:
-        """The rows of each file of configs/results."""
-        return {file.stem: _metrics(file) for file in sorted(RESULTS.glob("*.csv"))}
+        runs = {name: _metrics(RESULTS / f"{name}.csv") for name in CURVES}
+        plot_runs({name.removeprefix("cifar10_"): rows for name, rows in runs.items()}, path)
 
     def draw_training(self, path: Path) -> None:
         """Draw validation accuracy against minutes, as if no run had been paused: by the median."""
         with picture(path, 4.2) as axes:
             for name, label in LEARNING.items():
-                rows = self.runs.get(name, [])
+                rows = _metrics(RESULTS / f"{name}.csv")
                 seconds = [float(row["seconds"]) for row in rows]
                 minutes = [i * statistics.median(seconds) / 60 for i in range(1, 1 + len(rows))]
                 accuracies = [float(row["val_accuracy"]) for row in rows]

@@ -139,22 +139,27 @@ def test_the_results_are_those_of_the_configs_the_metrics_and_the_weights(page):
         epochs = len(tables[0])
         assert str(epochs) in cells, name
     wanted = {"cifar10", "cifar10_adamw", "cifar10_record", "cifar10_patch4"}
-    assert wanted | ({"teacher"} if page == "configs/README.md" else set()) <= set(names)
+    wanted |= {"cifar10_patch4_labels"} | ({"teacher"} if page != "README.md" else set())
+    assert wanted <= set(names)
 
 
-def test_the_results_of_a_gpu_are_those_of_the_headers_and_the_metrics():
-    section = TEXT["configs/README.md"].split("## On a GPU")[1].split("\n## ")[0]
-    command = r"`python train\.py --config configs/(\w+)\.yaml.*`"
-    found = re.findall(rf"^\| (\d+) \| {command} \| (.+) \| (.+) \| (.+) s \|$", section, re.M)
-    for epochs, name, validation, test, seconds in found:
-        table = metrics(ROOT / f"configs/results/h200/{name}.csv")
-        trained = sum(float(row["seconds"]) for row in table)
-        assert (epochs, seconds) == (str(len(table)), f"{trained:.0f}"), name
+@pytest.mark.parametrize("title, folder", [("## On a GPU", "h200"), ("## On a CPU", "cpu")])
+def test_the_results_of_a_machine_are_those_of_the_headers_and_the_metrics(title, folder):
+    section = TEXT["configs/README.md"].split(title)[1].split("\n## ")[0]
+    command = r"`python train\.py --config configs/(\w+)\.yaml(?:`| .*`)"
+    found = re.findall(rf"^\| (\d+) \| {command} \| (.+) \| (.+) \| (.+) \|$", section, re.M)
+    for epochs, name, validation, test, time in found:
+        table = metrics(ROOT / f"configs/results/{folder}/{name}.csv")
+        assert epochs == str(len(table)), name
         assert validation == f"{float(table[-1]['val_accuracy']):.2f}", name
+        number, unit = time.split()
+        trained = sum(float(row["seconds"]) for row in table)
+        trained /= {"s": 1, "minutes": 60, "hours": 3600}[unit]
+        assert number == f"{trained:.{len(number.partition('.')[2])}f}", name
         header = (ROOT / f"configs/{name}.yaml").read_text().replace("\n#", "")
-        sentence = f"{test} % of the test and {validation} % of the validation images after"
-        assert f"{sentence} {seconds} s" in header, name
-    files = (ROOT / "configs/results/h200").iterdir()
+        sentence = f"{test} % of the test and {validation} % of the validation images after {time}"
+        assert sentence in header, name
+    files = (ROOT / f"configs/results/{folder}").iterdir()
     assert {name for _, name, *_ in found} == {file.stem for file in files} != set()
 
 
