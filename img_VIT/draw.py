@@ -58,6 +58,7 @@ ABLATIONS = {  # files of configs/results/ablations: 20 epochs of cifar10.yaml b
     "no_finish": "CutMix and crops to the end",
     "no_smoothing": "no label smoothing",
     "normal": "positions from N(0, 1)",
+    "heads_4": "4 heads",
     "weight_decay": "weight decay 1e-4",
     "dropout": "dropout 0.1",
     "adamw": "AdamW for all",
