@@ -5,6 +5,7 @@ import csv
 import math
 import statistics
 import sys
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -50,6 +51,7 @@ LEARNING = {  # runs on CPUs, of configs/results, and what they learn from
     "cpu/cifar10_patch4": "patch 4, the teacher",
     "cpu/teacher": "the teacher",
 }
+# Runs of configs/results whose losses and accuracy are drawn.
 CURVES = "cifar10_adamw", "cifar10", "cifar10_patch4_labels", "cifar10_patch4"
 
 ABLATIONS = {  # files of configs/results/ablations: 20 epochs of cifar10.yaml but for one thing
@@ -71,6 +73,12 @@ ABLATIONS = {  # files of configs/results/ablations: 20 epochs of cifar10.yaml b
 def _metrics(file: Path) -> list[dict[str, str]]:
     """Return the rows of a metrics.csv."""
     return [*csv.DictReader(file.read_text().splitlines())]
+
+
+def _runs(names: Iterable[str]) -> dict[str, list[dict[str, str]]]:
+    """Return the rows of the runs of configs/results that are there."""
+    files = {name: RESULTS / f"{name}.csv" for name in names}
+    return {name: _metrics(file) for name, file in files.items() if file.exists()}
 
 
 def _show(axes, values: Tensor, top: float | None = None) -> None:
@@ -429,18 +437,17 @@ class Pictures:
 
     def draw_curves(self, path: Path) -> None:
         """Draw losses and accuracy of the runs of configs/results by epoch."""
-        runs = {name: _metrics(RESULTS / f"{name}.csv") for name in CURVES}
-        plot_runs({name.removeprefix("cifar10_"): rows for name, rows in runs.items()}, path)
+        found = _runs(CURVES).items()
+        plot_runs({name.removeprefix("cifar10_"): rows for name, rows in found}, path)
 
     def draw_training(self, path: Path) -> None:
         """Draw validation accuracy against minutes, as if no run had been paused: by the median."""
         with picture(path, 4.2) as axes:
-            for name, label in LEARNING.items():
-                rows = _metrics(RESULTS / f"{name}.csv")
+            for name, rows in _runs(LEARNING).items():
                 seconds = [float(row["seconds"]) for row in rows]
                 minutes = [i * statistics.median(seconds) / 60 for i in range(1, 1 + len(rows))]
                 accuracies = [float(row["val_accuracy"]) for row in rows]
-                axes.plot(minutes, accuracies, label=label)
+                axes.plot(minutes, accuracies, label=LEARNING[name])
             axes.set(xlabel="minutes of training", ylabel="validation accuracy (%)")
             axes.set(ylim=(50, None), xscale="log")
             axes.set_xticks(TICKS, [str(tick) for tick in TICKS])
