@@ -1,7 +1,7 @@
 """Where a trained model looks: the computations behind the paper's Figures 6 and 14.
 
-Shape letters: L blocks, B images, k heads, D values of a token, N = g² patches, and S tokens: N, or
-N + 1 with a class token, which is never a square; hence N = isqrt(S)².
+Shape letters: L blocks, B images, k heads, D values of a token, N = g² patches, and S tokens: N,
+or N + 1 with a class token, which is never a square; hence N = isqrt(S)².
 """
 
 import math

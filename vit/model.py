@@ -71,7 +71,7 @@ class SelfAttention(nn.MultiheadAttention):
 
 
 class EncoderBlock(nn.Module):
-    """One pre-norm block on (B, S, D): z′ = MSA(LN(z)) + z (Eq. 2), MLP(LN(z′)) + z′ (Eq. 3)."""
+    """A pre-norm block, (B, S, D): z′ = MSA(LN(z)) + z (Eq. 2), MLP(LN(z′)) + z′ (Eq. 3)."""
 
     def __init__(self, dim: int, num_heads: int, mlp_dim: int, drop_rate: float, norm_eps: float):
         super().__init__()
