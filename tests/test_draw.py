@@ -32,13 +32,15 @@ def write_checkpoint(path: Path, convnet: bool = False, **arguments) -> Path:
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory) -> list[str]:
-    """Checkpoints of both models, few images, and the results of two runs."""
+    """Checkpoints of both models, few images, and the results of some runs."""
     folder = tmp_path_factory.mktemp("figures")
     large = write_checkpoint(folder / "p8.pt", patch_size=8)
     small = write_checkpoint(folder / "p4.pt", patch_size=4, num_blocks=3, pool="class_token")
     lines = "epoch,train_loss,val_loss,val_accuracy,seconds\n1,2,2.5,40,60\n2,1,1.5,60,70"
     (folder / "ablations").mkdir()
-    for run in "cifar10", "cifar10_patch4", "ablations/all_seed_0", "ablations/dropout":
+    (folder / "cpu").mkdir()
+    runs = "cifar10 cifar10_patch4 cpu/cifar10_patch4 cpu/teacher"  # others are left out
+    for run in *runs.split(), "ablations/all_seed_0", "ablations/dropout":
         (folder / f"{run}.csv").write_text(lines)
     with pytest.MonkeyPatch.context() as patch:
         few = {10_000: 100, 2_000: 100}
